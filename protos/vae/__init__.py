@@ -1,0 +1,1 @@
+"""Package `vae` of the wire contract."""

@@ -1,0 +1,1 @@
+"""Runs a bundle (an exported variational autoencoder) behind gRPC. Never imports torch."""

@@ -1,0 +1,318 @@
+"""The disk contract: encoder.onnx, decoder.onnx, manifest.json and MODEL_CARD.md in one folder.
+
+Shared with training, which writes what serving reads. A reader trusts nothing: it compares sizes and SHA-256
+digests, takes the graphs as bytes (so that no graph can refer to other files), and leaves the known answers
+to `runtime`, which runs them.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+import fsspec
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from serving import noise
+from serving.errors import BundleError
+from serving.typed_config import Config, ConfigError
+
+MANIFEST: Final = "manifest.json"
+MODEL_CARD: Final = "MODEL_CARD.md"
+FORMAT_VERSION: Final = 1
+MAX_MANIFEST_BYTES: Final = 4 * 2**20
+MAX_GRAPH_BYTES: Final = 2**31
+
+GOLDEN_SEED: Final = 20_131_220
+"""Seed of the known answers: the day arXiv 1312.6114 was submitted."""
+
+GOLDEN_ROWS: Final = 4
+GOLDEN_VALUES: Final = 16
+
+_EXPORT_AGAIN: Final = "export it again with vae-train export"
+
+
+class GraphFile(Config):
+    """One ONNX graph of a bundle."""
+
+    path: str = Field(pattern=r"^[A-Za-z0-9_-]+\.onnx$")
+    """File name inside the bundle; never a path."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Digest of the file."""
+
+    size_bytes: int = Field(gt=0, lt=MAX_GRAPH_BYTES)
+    """Size of the file, bytes."""
+
+    inputs: tuple[str, ...]
+    """Names of the inputs, in order."""
+
+    outputs: tuple[str, ...]
+    """Names of the outputs, in order."""
+
+
+class Dataset(Config):
+    """What the model was fitted to."""
+
+    name: str
+    """Name of the data set."""
+
+    split: str
+    """How rows were divided into training, validation and test."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Digest of the unpacked training data."""
+
+
+class KnownAnswer(Config):
+    """What one output of a graph is for the golden rows."""
+
+    graph: Literal["encoder", "decoder"]
+    """Graph that the output belongs to."""
+
+    output: str
+    """Name of the output."""
+
+    first: tuple[float, ...]
+    """First values of the output, flattened."""
+
+    total: float
+    """Sum of all values of the output."""
+
+
+class Manifest(Config):
+    """Everything that serving and a reader need to know about a bundle."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    """Version of this layout."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """Name of the model."""
+
+    version: str = Field(pattern=r"^[0-9a-f]{12}$")
+    """First twelve hexadecimal digits of the SHA-256 over the digests of both graphs."""
+
+    created: str
+    """End of training, ISO 8601, UTC. Taken from the checkpoint, so that exports repeat byte for byte."""
+
+    data_shape: tuple[int, ...] = Field(min_length=1)
+    """Shape of one row of data."""
+
+    latent_dim: int = Field(ge=1, le=65_536)
+    """Dimensions of one row of latents."""
+
+    data_range: tuple[float, float] = (0.0, 255.0)
+    """Range of the encoder's input: pixel units. The graph divides by the upper end."""
+
+    prior: Literal["standard_normal"] = "standard_normal"
+    """p(z)."""
+
+    likelihood: Literal["bernoulli"] = "bernoulli"
+    """Family of p(x | z)."""
+
+    noise: str = noise.ALGORITHM
+    """Algorithm that turns seeds into noise."""
+
+    opset: int
+    """ONNX operator set of the graphs."""
+
+    ir_version: int
+    """ONNX intermediate representation of the graphs."""
+
+    tool_versions: dict[str, str]
+    """Versions of the libraries that made the bundle."""
+
+    dataset: Dataset
+    """What the model was fitted to."""
+
+    config_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Digest of the resolved training configuration."""
+
+    seed: int
+    """Seed of the training run."""
+
+    metrics: dict[str, float]
+    """Figures on the test split, nats per row where they are bounds; k, n and standard error beside each."""
+
+    parity: dict[str, float]
+    """Largest difference between PyTorch and ONNX Runtime at export, per output."""
+
+    encoder: GraphFile
+    """Graph from data to (mean, log_var)."""
+
+    decoder: GraphFile
+    """Graph from latents to (logits, mean)."""
+
+    golden: tuple[KnownAnswer, ...]
+    """What each output is for the golden rows."""
+
+    @property
+    def data_size(self) -> int:
+        """Elements in one row of data."""
+        return int(np.prod(self.data_shape))
+
+    def to_json(self) -> str:
+        """Return the manifest as it stands on disk."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+class Bundle(NamedTuple):
+    """A verified bundle in memory."""
+
+    manifest: Manifest
+    encoder: bytes
+    decoder: bytes
+
+
+def version_of(encoder: bytes, decoder: bytes) -> str:
+    """Return the version of a model from its two graphs."""
+    return _sha256(f"{_sha256(encoder)}\n{_sha256(decoder)}\n".encode())[:12]
+
+
+def graph_file(path: str, graph: bytes, *, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> GraphFile:
+    """Describe a graph for the manifest."""
+    return GraphFile(path=path, sha256=_sha256(graph), size_bytes=len(graph), inputs=inputs, outputs=outputs)
+
+
+def golden_data(data_shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return the golden rows of data in pixel units, shape (GOLDEN_ROWS, *data_shape)."""
+    unit = noise.uniform(GOLDEN_SEED, GOLDEN_ROWS, int(np.prod(data_shape)), stream=noise.Stream.GOLDEN)
+    pixels: NDArray[np.float32] = np.floor(unit * np.float32(256))
+    return pixels.reshape(GOLDEN_ROWS, *data_shape)
+
+
+def golden_latents(latent_dim: int) -> NDArray[np.float32]:
+    """Return the golden rows of latents, shape (GOLDEN_ROWS, latent_dim)."""
+    return noise.normal(GOLDEN_SEED, GOLDEN_ROWS, latent_dim, stream=noise.Stream.GOLDEN)
+
+
+def known_answer(
+    graph: Literal["encoder", "decoder"], output: str, values: NDArray[np.float32]
+) -> KnownAnswer:
+    """Summarise one output for the golden rows."""
+    flat = values.astype(np.float64).ravel()
+    first = tuple(flat[:GOLDEN_VALUES].tolist())
+    return KnownAnswer(graph=graph, output=output, first=first, total=float(flat.sum()))
+
+
+def write(
+    directory: Path,
+    *,
+    manifest: Manifest,
+    encoder: bytes,
+    decoder: bytes,
+    extra: Mapping[str, bytes],
+) -> None:
+    """Write a bundle: complete or not at all, in place of an older bundle.
+
+    Args:
+        directory: Folder of the bundle; created. An existing bundle there is replaced.
+        manifest: Description of the graphs.
+        encoder: The encoder's graph.
+        decoder: The decoder's graph.
+        extra: Further files by relative path, such as the model card.
+
+    Raises:
+        BundleError: If the folder exists and is not a bundle.
+    """
+    if directory.exists() and any(directory.iterdir()) and not (directory / MANIFEST).exists():
+        raise BundleError(
+            location=directory.name,
+            problem="the folder exists and is not a bundle",
+            remedy="name another folder",
+        )
+    files = {
+        manifest.encoder.path: encoder,
+        manifest.decoder.path: decoder,
+        **extra,
+        MANIFEST: manifest.to_json().encode(),
+    }
+    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    for name, content in files.items():
+        target = partial / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    retired = directory.with_name(f".{directory.name}.{os.getpid()}.retired")
+    if directory.exists():
+        directory.rename(retired)
+    partial.rename(directory)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def read_manifest(location: str) -> Manifest:
+    """Read and validate the manifest of a bundle.
+
+    Args:
+        location: A folder, or a URL that fsspec knows (file, http, s3, gs, memory).
+
+    Raises:
+        BundleError: If it is missing or not a manifest.
+    """
+    raw = _read(location, MANIFEST, MAX_MANIFEST_BYTES)
+    try:
+        return Manifest.parse(json.loads(raw))
+    except (ValueError, ConfigError) as error:
+        problem = f"{MANIFEST} is not a valid manifest: {str(error)[:300]}"
+        raise BundleError(location=location, problem=problem, remedy=_EXPORT_AGAIN) from None
+
+
+def read(location: str) -> Bundle:
+    """Read a bundle and verify every byte of its graphs.
+
+    Args:
+        location: A folder, or a URL that fsspec knows (file, http, s3, gs, memory).
+
+    Raises:
+        BundleError: If a file is missing, or differs from the manifest; names the file.
+    """
+    manifest = read_manifest(location)
+    encoder = _read_graph(location, manifest.encoder)
+    decoder = _read_graph(location, manifest.decoder)
+    if manifest.version != version_of(encoder, decoder):
+        problem = f"{MANIFEST} states version {manifest.version}, its graphs make another"
+        raise BundleError(location=location, problem=problem, remedy=_EXPORT_AGAIN)
+    return Bundle(manifest, encoder, decoder)
+
+
+def _read_graph(location: str, file: GraphFile) -> bytes:
+    graph = _read(location, file.path, file.size_bytes)
+    if len(graph) != file.size_bytes:
+        problem = f"{file.path} has {len(graph)} bytes, the manifest states {file.size_bytes}"
+    elif (actual := _sha256(graph)) != file.sha256:
+        problem = f"{file.path} has SHA-256 {actual}, the manifest states {file.sha256}"
+    else:
+        return graph
+    raise BundleError(
+        location=location,
+        problem=problem,
+        remedy="copy the bundle again; if it stays, " + _EXPORT_AGAIN,
+    )
+
+
+def _read(location: str, name: str, limit_bytes: int) -> bytes:
+    """Return a file's bytes, at most one more than the limit so that a larger file shows."""
+    url = location if re.match(r"^\w+:", location) else Path(location).absolute().as_uri()
+    try:
+        with fsspec.open(f"{url.rstrip('/')}/{name}", "rb") as file:
+            content: bytes = file.read(limit_bytes + 1)
+    except FileNotFoundError:
+        problem = f"there is no {name}"
+        raise BundleError(
+            location=location, problem=problem, remedy="give the folder that vae-train export wrote"
+        ) from None
+    except (OSError, ValueError, ImportError) as error:
+        problem = f"{name} cannot be read ({type(error).__name__}: {str(error)[:200]})"
+        raise BundleError(
+            location=location, problem=problem, remedy="check the address and its permissions"
+        ) from None
+    return content
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

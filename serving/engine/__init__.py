@@ -1,0 +1,1 @@
+"""Who runs the rows: ONNX Runtime in this process, or Ray Serve deployments."""

@@ -1,0 +1,1 @@
+"""Proves it: `serving/` and `training/` here mirror the packages file by file."""
