@@ -192,9 +192,7 @@ def golden_latents(latent_dim: int) -> NDArray[np.float32]:
     return noise.normal(GOLDEN_SEED, GOLDEN_ROWS, latent_dim, stream=noise.Stream.GOLDEN)
 
 
-def known_answer(
-    graph: Literal["encoder", "decoder"], output: str, values: NDArray[np.float32]
-) -> KnownAnswer:
+def known_answer(graph: Literal["encoder", "decoder"], output: str, values: NDArray[np.float32]) -> KnownAnswer:
     """Summarise one output for the golden rows."""
     flat = values.astype(np.float64).ravel()
     first = tuple(flat[:GOLDEN_VALUES].tolist())
@@ -280,6 +278,15 @@ def read(location: str) -> Bundle:
     return Bundle(manifest, encoder, decoder)
 
 
+def absolute(location: str) -> str:
+    """Return a location that means the same in every process of this machine: a URL, or an absolute path."""
+    return location if _is_url(location) else str(Path(location).absolute())
+
+
+def _is_url(location: str) -> bool:
+    return re.match(r"^\w+:", location) is not None
+
+
 def _read_graph(location: str, file: GraphFile) -> bytes:
     graph = _read(location, file.path, file.size_bytes)
     if len(graph) != file.size_bytes:
@@ -297,7 +304,7 @@ def _read_graph(location: str, file: GraphFile) -> bytes:
 
 def _read(location: str, name: str, limit_bytes: int) -> bytes:
     """Return a file's bytes, at most one more than the limit so that a larger file shows."""
-    url = location if re.match(r"^\w+:", location) else Path(location).absolute().as_uri()
+    url = location if _is_url(location) else Path(location).absolute().as_uri()
     try:
         with fsspec.open(f"{url.rstrip('/')}/{name}", "rb") as file:
             content: bytes = file.read(limit_bytes + 1)

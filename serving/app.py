@@ -1,0 +1,182 @@
+"""Composition root: from a configuration to a running service on Ray."""
+
+import contextlib
+import logging
+import math
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final, Literal
+
+from serving import ray_environment
+
+ray_environment.prepare()  # Ray reads its environment when it is imported
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+
+from serving import bundle, scaling
+from serving.config import ServingConfig
+from serving.errors import PortTaken, ProviderUnavailable, ServiceFailed
+from serving.replicas import Gateway, GraphReplica
+
+APPLICATION: Final = "vae"
+_SHUTDOWN_SLACK_S: Final = 10.0
+_CALL_TIMEOUT_S: Final = 30.0
+_POLL_S: Final = 0.1
+_OBJECT_STORE_BYTES: Final = 100 * 2**20
+"""Of a local cluster: calls go by value, the store stays empty."""
+
+_MAX_ONGOING: Final = 256
+"""Far above what gateways have in flight: Serve polls with growing pauses once replicas are full."""
+
+
+def build(config: ServingConfig) -> serve.Application:
+    """Return the Serve application: Gateway -> Encoder and Decoder."""
+    gateway = config.gateway
+    drain_s = gateway.drain_timeout_s + gateway.stop_grace_s + _SHUTDOWN_SLACK_S
+    front = serve.deployment(
+        name="Gateway",
+        num_replicas=1,
+        max_replicas_per_node=1,  # one listener per node: its replacement starts when the port is free
+        graceful_shutdown_timeout_s=drain_s,
+        graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=1.0,
+        health_check_timeout_s=5.0,
+        ray_actor_options={"num_cpus": gateway.num_cpus},
+    )(Gateway)
+    return front.bind(config.model_dump(), _graph("encoder", config), _graph("decoder", config))
+
+
+def _graph(graph: Literal["encoder", "decoder"], config: ServingConfig) -> serve.Application:
+    replicas = config.encoder if graph == "encoder" else config.decoder
+    deployment = serve.deployment(
+        name=graph.capitalize(),
+        max_ongoing_requests=_MAX_ONGOING,
+        graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=1.0,
+        health_check_timeout_s=5.0,
+        ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": config.gpu_share(graph)},
+        **scaling.options(replicas),
+    )(GraphReplica)
+    return deployment.bind(graph, config.model_dump())
+
+
+@contextlib.contextmanager
+def on_ray(config: ServingConfig, *, tell: Callable[[str], None] = lambda _: None) -> Iterator[int]:
+    """Run the service on Ray; yield its port once it is healthy; then drain, and stop what was started.
+
+    A cluster named by RAY_ADDRESS is used; else a local one is started, and stopped at the end.
+
+    Args:
+        config: The service's configuration.
+        tell: Told what happens, a line each.
+
+    Raises:
+        StartupError: If the bundle does not verify, the port is taken or a deployment does not come up. Nothing
+            that was started is left running then.
+    """
+    # Checked here first: a one-line error instead of a deployment that fails three times.
+    manifest = bundle.read(config.bundle).manifest
+    _check_port(config.gateway.host, config.gateway.port)
+    tell(f"bundle verified: {manifest.name} {manifest.version}")
+    is_local = "RAY_ADDRESS" not in os.environ
+    try:
+        _connect(config, is_local=is_local)
+        tell("local Ray started" if is_local else "connected to Ray")
+        with _deployed(config.model_copy(update={"bundle": bundle.absolute(config.bundle)})):
+            tell("deployments healthy: Gateway, Encoder, Decoder")
+            yield config.gateway.port
+            tell("draining")
+    finally:
+        if ray.is_initialized():
+            ray.shutdown()  # a local cluster goes with the driver that started it
+
+
+def _connect(config: ServingConfig, *, is_local: bool) -> None:
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if is_local:
+        parts = (config.encoder, config.decoder)
+        needed = config.gateway.num_cpus + sum(part.num_cpus * part.max_replicas for part in parts)
+        # Logical processors: a laptop with two must still place all three deployments.
+        quiet["num_cpus"] = max(os.cpu_count() or 1, math.ceil(needed) + 1)
+        quiet["include_dashboard"] = False
+        quiet["object_store_memory"] = _OBJECT_STORE_BYTES
+    ray.init(**quiet)
+    num_gpus = sum(config.gpu_share(graph) for graph in ("encoder", "decoder"))
+    if is_local and num_gpus > _num_gpus():
+        raise ProviderUnavailable(asked="CUDAExecutionProvider", actual="none: Ray finds too few GPUs")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # ours is the account of what happens
+    serve.start(
+        proxy_location="Disabled", logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False)
+    )
+
+
+def _num_gpus() -> float:
+    return float(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _deployed(config: ServingConfig) -> Iterator[None]:
+    """Deploy, wait until both graphs answer; at the end drain the gateway, then delete the application."""
+    deadline = time.monotonic() + config.start_timeout_s
+    outcome: queue.Queue[DeploymentHandle[Any] | Exception] = queue.Queue()
+    application = build(config)
+
+    def deploy() -> None:
+        try:
+            outcome.put(serve.run(application, name=APPLICATION, route_prefix=None))
+        except Exception as error:  # noqa: BLE001 - handed to the thread that waits
+            outcome.put(error)
+
+    # `serve.run` waits without limit for what cannot be placed, so it waits in a thread that may be left behind.
+    threading.Thread(target=deploy, daemon=True).start()
+    try:
+        handle = outcome.get(timeout=config.start_timeout_s)
+        if isinstance(handle, Exception):
+            raise ServiceFailed(reason=f"the deployments did not come up: {_last_line(handle)}") from handle
+        _wait_until_ready(handle, deadline)
+    except queue.Empty:
+        reason = f"the deployments did not come up in {config.start_timeout_s:g} s: {_deployment_states()}"
+        raise ServiceFailed(reason=reason) from None
+    try:
+        yield
+    finally:
+        # While the graphs still run: calls made after the deletion of the application has begun would hang.
+        handle.drain.remote().result(timeout_s=config.gateway.drain_timeout_s + _SHUTDOWN_SLACK_S)
+        serve.delete(APPLICATION)
+
+
+def _wait_until_ready(handle: DeploymentHandle[Any], deadline: float) -> None:
+    while not handle.is_ready.remote().result(timeout_s=_CALL_TIMEOUT_S):
+        if time.monotonic() > deadline:
+            raise ServiceFailed(reason="the deployments run, but the graphs do not answer")
+        time.sleep(_POLL_S)
+
+
+def _deployment_states() -> str:
+    application = serve.status().applications.get(APPLICATION)
+    deployments = application.deployments if application else {}
+    return "; ".join(f"{name} {info.status.value} {info.message}"[:200] for name, info in deployments.items())
+
+
+def _last_line(error: Exception) -> str:
+    """Return the line of Serve's report that names the cause: the last one of the deepest stack."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if line.startswith("serving.errors.")]
+    return (named or lines or [type(error).__name__])[-1].removeprefix("serving.errors.")[:400]
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), port))
+        except OSError:
+            raise PortTaken(address=f"{host}:{port}") from None

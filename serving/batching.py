@@ -1,0 +1,301 @@
+"""Rows of concurrent requests become runs of a graph: bounded, fair, by deadline, each caller its own rows.
+
+The unit is the row, not the request: one client may send 500 rows at once. *Batch while busy*: an idle engine
+gets the first rows at once, without a timer; while all slots are taken, rows gather. A full batch always goes
+out, so that pressure becomes visible to the autoscaler as ongoing calls.
+"""
+
+import asyncio
+import bisect
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from operator import attrgetter
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.config import BatchingConfig
+from serving.errors import DeadlineExceeded, EngineUnavailable, QueueFull
+
+Rows = NDArray[Any]
+Outputs = tuple[Rows, ...]
+Run = Callable[[Rows], Awaitable[Outputs]]
+
+logger = logging.getLogger(__name__)
+
+_RATE_SMOOTHING: Final = 0.2
+_RETRY_RANGE_S: Final = (0.05, 5.0)
+_by_expiry = attrgetter("expires_at")
+
+
+class BatchReport(NamedTuple):
+    """What one run was made of, for metrics."""
+
+    num_rows: int
+    num_requests: int
+    wait_s: float
+    run_s: float
+
+
+class Request:
+    """Rows of one caller, and what came back for them so far."""
+
+    __slots__ = ("arrived_at", "expires_at", "future", "num_done", "num_taken", "outputs", "rows")
+
+    def __init__(self, rows: Rows, *, arrived_at: float, expires_at: float) -> None:
+        self.rows, self.arrived_at, self.expires_at = rows, arrived_at, expires_at
+        self.future: asyncio.Future[Outputs] = asyncio.get_running_loop().create_future()
+        self.num_taken = self.num_done = 0
+        self.outputs: Outputs = ()
+
+    @property
+    def num_waiting(self) -> int:
+        """Rows that are not yet in a run."""
+        return len(self.rows) - self.num_taken
+
+    def take(self, num_rows: int) -> "Slice":
+        """Return the next rows as a slice of this request."""
+        start = self.num_taken
+        self.num_taken += num_rows
+        return Slice(self, start, self.num_taken)
+
+    def deliver(self, start: int, outputs: Outputs) -> None:
+        """Take the outputs of the rows from `start` on; resolve when all rows have theirs."""
+        num_rows = len(outputs[0])
+        if num_rows == len(self.rows):
+            self.outputs = outputs
+        else:
+            if not self.outputs:
+                self.outputs = tuple(
+                    np.empty((len(self.rows), *output.shape[1:]), output.dtype) for output in outputs
+                )
+            for whole, part in zip(self.outputs, outputs, strict=True):
+                whole[start : start + num_rows] = part
+        self.num_done += num_rows
+        if self.num_done == len(self.rows) and not self.future.done():
+            self.future.set_result(self.outputs)
+
+    def fail(self, error: BaseException) -> None:
+        """Resolve with an error, unless resolved."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+class Slice(NamedTuple):
+    """Consecutive rows of one request inside one run."""
+
+    request: Request
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> Rows:
+        """The rows themselves."""
+        return self.request.rows[self.start : self.stop]
+
+
+class RowBatcher:
+    """Gathers rows into runs of one graph.
+
+    Args:
+        run: Runs the graph on rows (n, *row_shape); returns outputs of n rows each. Pure: may be repeated.
+        config: Bounds.
+        name: Name of the graph, for errors and logs.
+        clock: Monotonic seconds.
+        on_batch: Told about every run that succeeded.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        config: BatchingConfig,
+        *,
+        name: str,
+        clock: Callable[[], float] = time.monotonic,
+        on_batch: Callable[[BatchReport], None] = lambda _: None,
+    ) -> None:
+        self._run, self._config, self._name, self._clock, self._on_batch = run, config, name, clock, on_batch
+        self._waiting: list[Request] = []
+        self._runs: set[asyncio.Task[None]] = set()
+        self._dispatch_is_scheduled = False
+        self._is_closed = False
+        self._num_rows_waiting = 0
+        self._num_rows_held = 0
+        self._num_bytes_held = 0
+        self._rows_per_s = 0.0
+        self._last_progress = clock()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that wait or run."""
+        return self._num_rows_held
+
+    @property
+    def num_in_flight(self) -> int:
+        """Runs that have begun and not ended."""
+        return len(self._runs)
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether rows are held and no run has ended for too long."""
+        return self._num_rows_held > 0 and self._clock() - self._last_progress > self._config.stall_after_s
+
+    async def submit(self, rows: Rows, *, expires_at: float) -> Outputs:
+        """Return the outputs for rows, in their order, whatever they were batched with.
+
+        Args:
+            rows: Shape (n, *row_shape), n >= 1. Not changed; must not be changed by the caller meanwhile.
+            expires_at: Time on the clock after which nobody waits for the answer.
+
+        Raises:
+            QueueFull: If the rows do not fit; carries when to come back.
+            DeadlineExceeded: If they expire before they are run.
+            EngineUnavailable: If the batcher is closed.
+        """
+        request = Request(rows, arrived_at=self._clock(), expires_at=expires_at)
+        self._admit(request)
+        bisect.insort(self._waiting, request, key=_by_expiry)
+        self._schedule_dispatch()
+        try:
+            return await request.future
+        finally:
+            self._num_rows_held -= len(rows)
+            self._num_bytes_held -= rows.nbytes
+
+    async def close(self) -> None:
+        """Fail what waits, and end what runs."""
+        self._is_closed = True
+        waiting, self._waiting, self._num_rows_waiting = self._waiting, [], 0
+        for request in waiting:
+            request.fail(EngineUnavailable(graph=self._name))
+        for task in self._runs:
+            task.cancel()
+        await asyncio.gather(*self._runs, return_exceptions=True)
+
+    def _admit(self, request: Request) -> None:
+        config, num_rows = self._config, len(request.rows)
+        if self._is_closed:
+            raise EngineUnavailable(graph=self._name)
+        if self._num_rows_held == 0:
+            self._last_progress = request.arrived_at
+        elif (
+            self._num_rows_held + num_rows > config.max_queue_rows
+            or self._num_bytes_held + request.rows.nbytes > config.max_queue_bytes
+        ):  # A single request always fits an empty queue: the limits of a call bound it.
+            raise QueueFull(retry_after_s=self._time_to_drain_s())
+        self._num_rows_held += num_rows
+        self._num_rows_waiting += num_rows
+        self._num_bytes_held += request.rows.nbytes
+
+    def _time_to_drain_s(self) -> float:
+        low, high = _RETRY_RANGE_S
+        return min(max(self._num_rows_held / self._rows_per_s, low), high) if self._rows_per_s else low
+
+    def _schedule_dispatch(self) -> None:
+        # One turn of the loop later: requests that were parsed in the same turn share the first run.
+        if not self._dispatch_is_scheduled:
+            self._dispatch_is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        self._dispatch_is_scheduled = False
+        while self._has_slot() and (batch := self._next_batch()):
+            task = asyncio.get_running_loop().create_task(self._run_batch(batch))
+            self._runs.add(task)
+            task.add_done_callback(self._on_run_end)
+
+    def _has_slot(self) -> bool:
+        if len(self._runs) < self._config.max_in_flight:
+            return True
+        is_full = self._num_rows_waiting >= self._config.max_batch_rows
+        return is_full and len(self._runs) < self._config.max_full_in_flight
+
+    def _on_run_end(self, task: "asyncio.Task[None]") -> None:
+        self._runs.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("a run ended without resolving its rows", exc_info=error)
+        if self._waiting:
+            self._dispatch()
+
+    def _next_batch(self) -> list[Slice]:
+        """Take rows by deadline; while others wait, nobody takes more than half of a batch."""
+        self._drop_the_dead()
+        space = self._config.max_batch_rows
+        fair = max(1, space // 2) if len(self._waiting) > 1 else space
+        shares: list[tuple[Request, int]] = []
+        for request in self._waiting:
+            if space == 0:
+                break
+            share = min(request.num_waiting, fair, space)
+            shares.append((request, share))
+            space -= share
+        batch = []
+        for request, share in shares:  # what nobody else wanted goes to the large requests, in order
+            extra = min(request.num_waiting - share, space)
+            space -= extra
+            batch.append(request.take(share + extra))
+        self._num_rows_waiting -= self._config.max_batch_rows - space
+        self._waiting = [request for request in self._waiting if request.num_waiting]
+        return batch
+
+    def _drop_the_dead(self) -> None:
+        """Drop cancelled and expired requests: their rows never reach the engine."""
+        now = self._clock()
+        alive = []
+        for request in self._waiting:
+            if request.expires_at <= now:
+                request.fail(DeadlineExceeded())
+            if request.future.done():
+                self._num_rows_waiting -= request.num_waiting
+            else:
+                alive.append(request)
+        self._waiting = alive
+
+    async def _run_batch(self, batch: Sequence[Slice]) -> None:
+        started = self._clock()
+        try:
+            await self._run_and_deliver(batch)
+        except Exception as error:  # noqa: BLE001 - whatever the engine raises belongs to the callers of this batch
+            await self._recover(batch, error)
+        except BaseException:
+            for part in batch:
+                part.request.fail(EngineUnavailable(graph=self._name))
+            raise
+        else:
+            self._report(batch, started)
+        finally:
+            self._last_progress = self._clock()
+
+    async def _run_and_deliver(self, batch: Sequence[Slice]) -> None:
+        rows = batch[0].rows if len(batch) == 1 else np.concatenate([part.rows for part in batch])
+        outputs = await self._run(rows)
+        if any(len(output) != len(rows) for output in outputs):
+            raise EngineUnavailable(graph=self._name, detail="outputs do not have the rows of the input")
+        offset = 0
+        for request, start, stop in batch:
+            end = offset + stop - start
+            request.deliver(start, tuple(output[offset:end] for output in outputs))
+            offset = end
+
+    async def _recover(self, batch: Sequence[Slice], error: Exception) -> None:
+        """Repeat a failed batch request by request, so that one poisonous input hurts only itself."""
+        if len(batch) == 1:
+            batch[0].request.fail(error)
+            return
+        logger.warning("a batch failed; its requests are run apart", extra={"graph": self._name})
+        for part in batch:
+            if not part.request.future.done():
+                try:
+                    await self._run_and_deliver([part])
+                except Exception as own:  # noqa: BLE001 - as above
+                    part.request.fail(own)
+
+    def _report(self, batch: Sequence[Slice], started: float) -> None:
+        run_s = max(self._clock() - started, 1e-6)
+        num_rows = sum(part.stop - part.start for part in batch)
+        rate = num_rows / run_s * max(1, len(self._runs))
+        self._rows_per_s += (rate - self._rows_per_s) * (_RATE_SMOOTHING if self._rows_per_s else 1.0)
+        waited = started - min(part.request.arrived_at for part in batch)
+        self._on_batch(BatchReport(num_rows, len(batch), waited, run_s))

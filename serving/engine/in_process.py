@@ -1,0 +1,48 @@
+"""ONNX Runtime in this process: for laptops and tests, and as the baseline of the benchmarks. No Ray."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+from serving.bundle import Bundle
+from serving.config import ServingConfig, session_threads
+from serving.engine.protocol import Posterior, Providers, Rows
+from serving.runtime import GraphRuntime
+
+
+class InProcessEngine:
+    """Runs both graphs in a thread pool made for them.
+
+    Args:
+        bundle: A verified bundle.
+        config: Device and processors.
+
+    Raises:
+        StartupError: If a graph cannot be loaded or does not reproduce its known answers.
+    """
+
+    def __init__(self, bundle: Bundle, config: ServingConfig) -> None:
+        threads = session_threads(config.encoder.num_cpus), session_threads(config.decoder.num_cpus)
+        self._encoder = GraphRuntime(bundle, "encoder", device=config.device, threads=threads[0])
+        self._decoder = GraphRuntime(bundle, "decoder", device=config.device, threads=threads[1])
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="onnxruntime")
+
+    async def encode(self, data: Rows) -> Posterior:
+        """Return posteriors of data."""
+        return Posterior(*await self._run(self._encoder, data, "mean", "log_var"))
+
+    async def decode(self, latents: Rows) -> Rows:
+        """Return means of p(x | z)."""
+        (mean,) = await self._run(self._decoder, latents, "mean")
+        return mean
+
+    async def check(self) -> Providers:
+        """Return the providers: graphs in this process are there from the start."""
+        return Providers(self._encoder.report.provider, self._decoder.report.provider)
+
+    async def close(self) -> None:
+        """End the thread pool after its running work."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, graph: GraphRuntime, rows: Rows, *outputs: str) -> list[Rows]:
+        # `InferenceSession.run` lets go of the interpreter lock, so the event loop goes on.
+        return await asyncio.get_running_loop().run_in_executor(self._pool, graph.run, rows, outputs)

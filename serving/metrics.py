@@ -1,0 +1,36 @@
+"""Every metric of the service. Labels come from closed sets only: method, code, graph."""
+
+import logging
+from typing import Final
+
+from prometheus_client import Counter, Gauge, Histogram, Info, start_http_server
+
+logger = logging.getLogger(__name__)
+
+_LATENCY_BUCKETS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+_ROW_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+CALLS: Final = Counter("vae_calls", "Calls that ended.", ["method", "code"])
+CALL_LATENCY: Final = Histogram(
+    "vae_call_latency_seconds", "Time from a call's arrival to its end.", ["method"], buckets=_LATENCY_BUCKETS
+)
+CALLS_IN_FLIGHT: Final = Gauge("vae_calls_in_flight", "Calls that have begun and not ended.")
+BATCH_ROWS: Final = Histogram("vae_batch_rows", "Rows in one run of a graph.", ["graph"], buckets=_ROW_BUCKETS)
+BATCH_WAIT: Final = Histogram(
+    "vae_batch_wait_seconds", "Longest wait of a row before its run.", ["graph"], buckets=_LATENCY_BUCKETS
+)
+BATCH_RUN: Final = Histogram(
+    "vae_batch_run_seconds", "Time of one run, transport included.", ["graph"], buckets=_LATENCY_BUCKETS
+)
+QUEUE_ROWS: Final = Gauge("vae_queue_rows", "Rows that wait or run.", ["graph"])
+MODEL: Final = Info("vae_model", "The loaded model.")
+
+
+def expose(host: str, port: int) -> int | None:
+    """Serve the metrics over HTTP and return the port; None if the bind fails, which stops nothing."""
+    try:
+        server, _thread = start_http_server(port, addr=host)
+    except OSError as error:
+        logger.warning("metrics are not exposed", extra={"port": port, "reason": error.strerror})
+        return None
+    return int(server.server_port)

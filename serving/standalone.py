@@ -1,0 +1,26 @@
+"""The whole service in one process, without Ray: for laptops, tests, and as the baseline of the benchmarks."""
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from serving import bundle
+from serving.config import ServingConfig
+from serving.engine.in_process import InProcessEngine
+from serving.gateway.server import GatewayServer
+
+
+@contextlib.asynccontextmanager
+async def in_process(config: ServingConfig) -> AsyncIterator[GatewayServer]:
+    """Run the service in this process; yield its server once it is healthy; then drain.
+
+    Raises:
+        StartupError: If the bundle does not verify, the device cannot be used or the port is taken.
+    """
+    verified = bundle.read(config.bundle)
+    server = GatewayServer(InProcessEngine(verified, config), verified.manifest, config)
+    try:
+        await server.start()
+        await server.health.wait_until_ready(config.start_timeout_s)
+        yield server
+    finally:
+        await server.drain()

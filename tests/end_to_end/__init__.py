@@ -1,0 +1,1 @@
+"""The whole path: train, export, serve, call."""
