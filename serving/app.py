@@ -4,11 +4,12 @@ import contextlib
 import logging
 import math
 import os
-import queue
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any, Final, Literal
 
 from serving import ray_environment
@@ -67,8 +68,14 @@ def _graph(graph: Literal["encoder", "decoder"], config: ServingConfig) -> serve
     return deployment.bind(graph, config.model_dump())
 
 
+class Stopped(Exception):
+    """The service was asked to stop before it served."""
+
+
 @contextlib.contextmanager
-def on_ray(config: ServingConfig, *, tell: Callable[[str], None] = lambda _: None) -> Iterator[int]:
+def on_ray(
+    config: ServingConfig, *, tell: Callable[[str], None] = lambda _: None, stop: threading.Event | None = None
+) -> Iterator[int]:
     """Run the service on Ray; yield its port once it is healthy; then drain, and stop what was started.
 
     A cluster named by RAY_ADDRESS is used; else a local one is started, and stopped at the end.
@@ -76,10 +83,12 @@ def on_ray(config: ServingConfig, *, tell: Callable[[str], None] = lambda _: Non
     Args:
         config: The service's configuration.
         tell: Told what happens, a line each.
+        stop: Set by somebody who no longer wants the service; watched while it starts.
 
     Raises:
         StartupError: If the bundle does not verify, the port is taken or a deployment does not come up. Nothing
             that was started is left running then.
+        Stopped: If `stop` was set before the service was healthy. Nothing is left running then either.
     """
     # Checked here first: a one-line error instead of a deployment that fails three times.
     manifest = bundle.read(config.bundle).manifest
@@ -89,7 +98,8 @@ def on_ray(config: ServingConfig, *, tell: Callable[[str], None] = lambda _: Non
     try:
         _connect(config, is_local=is_local)
         tell("local Ray started" if is_local else "connected to Ray")
-        with _deployed(config.model_copy(update={"bundle": bundle.absolute(config.bundle)})):
+        located = config.model_copy(update={"bundle": bundle.absolute(config.bundle)})
+        with _deployed(located, stop or threading.Event()):
             tell("deployments healthy: Gateway, Encoder, Decoder")
             yield config.gateway.port
             tell("draining")
@@ -107,7 +117,10 @@ def _connect(config: ServingConfig, *, is_local: bool) -> None:
         quiet["num_cpus"] = max(os.cpu_count() or 1, math.ceil(needed) + 1)
         quiet["include_dashboard"] = False
         quiet["object_store_memory"] = _OBJECT_STORE_BYTES
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(**quiet)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts a handler of its own there, which ends the process
     num_gpus = sum(config.gpu_share(graph) for graph in ("encoder", "decoder"))
     if is_local and num_gpus > _num_gpus():
         raise ProviderUnavailable(asked="CUDAExecutionProvider", actual="none: Ray finds too few GPUs")
@@ -122,41 +135,41 @@ def _num_gpus() -> float:
 
 
 @contextlib.contextmanager
-def _deployed(config: ServingConfig) -> Iterator[None]:
+def _deployed(config: ServingConfig, stop: threading.Event) -> Iterator[None]:
     """Deploy, wait until both graphs answer; at the end drain the gateway, then delete the application."""
     deadline = time.monotonic() + config.start_timeout_s
-    outcome: queue.Queue[DeploymentHandle[Any] | Exception] = queue.Queue()
-    application = build(config)
-
-    def deploy() -> None:
-        try:
-            outcome.put(serve.run(application, name=APPLICATION, route_prefix=None))
-        except Exception as error:  # noqa: BLE001 - handed to the thread that waits
-            outcome.put(error)
-
     # `serve.run` waits without limit for what cannot be placed, so it waits in a thread that may be left behind.
-    threading.Thread(target=deploy, daemon=True).start()
+    handles: Future[DeploymentHandle[Any]] = Future()
+    threading.Thread(target=_deploy, args=(build(config), handles), daemon=True).start()
     try:
-        handle = outcome.get(timeout=config.start_timeout_s)
-        if isinstance(handle, Exception):
-            raise ServiceFailed(reason=f"the deployments did not come up: {_last_line(handle)}") from handle
-        _wait_until_ready(handle, deadline)
-    except queue.Empty:
-        reason = f"the deployments did not come up in {config.start_timeout_s:g} s: {_deployment_states()}"
-        raise ServiceFailed(reason=reason) from None
-    try:
+        while not (handles.done() and _is_ready(handles)):
+            if time.monotonic() > deadline:
+                reason = f"the service was not healthy in {config.start_timeout_s:g} s: {_deployment_states()}"
+                raise ServiceFailed(reason=reason)
+            if stop.wait(_POLL_S):
+                raise Stopped
         yield
     finally:
-        # While the graphs still run: calls made after the deletion of the application has begun would hang.
-        handle.drain.remote().result(timeout_s=config.gateway.drain_timeout_s + _SHUTDOWN_SLACK_S)
+        if handles.done() and not handles.exception():
+            # While the graphs still run: calls made after the deletion has begun would hang.
+            timeout_s = config.gateway.drain_timeout_s + _SHUTDOWN_SLACK_S
+            handles.result().drain.remote().result(timeout_s=timeout_s)
         serve.delete(APPLICATION)
 
 
-def _wait_until_ready(handle: DeploymentHandle[Any], deadline: float) -> None:
-    while not handle.is_ready.remote().result(timeout_s=_CALL_TIMEOUT_S):
-        if time.monotonic() > deadline:
-            raise ServiceFailed(reason="the deployments run, but the graphs do not answer")
-        time.sleep(_POLL_S)
+def _deploy(application: serve.Application, handles: "Future[DeploymentHandle[Any]]") -> None:
+    try:
+        handles.set_result(serve.run(application, name=APPLICATION, route_prefix=None))
+    except Exception as error:  # noqa: BLE001 - handed to the thread that waits
+        handles.set_exception(error)
+
+
+def _is_ready(handles: "Future[DeploymentHandle[Any]]") -> bool:
+    try:
+        handle = handles.result()
+    except Exception as error:
+        raise ServiceFailed(reason=f"the deployments did not come up: {_last_line(error)}") from error
+    return bool(handle.is_ready.remote().result(timeout_s=_CALL_TIMEOUT_S))
 
 
 def _deployment_states() -> str:

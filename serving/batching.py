@@ -1,7 +1,7 @@
 """Rows of concurrent requests become runs of a graph: bounded, fair, by deadline, each caller its own rows.
 
 The unit is the row, not the request: one client may send 500 rows at once. *Batch while busy*: an idle engine
-gets the first rows at once, without a timer; while all slots are taken, rows gather. A full batch always goes
+gets the first row at once, without a timer; while all slots are taken, rows gather. A full batch always goes
 out, so that pressure becomes visible to the autoscaler as ongoing calls.
 """
 
@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from operator import attrgetter
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 _RATE_SMOOTHING: Final = 0.2
 _RETRY_RANGE_S: Final = (0.05, 5.0)
+_QUIET_TURNS: Final = 12
+"""Turns of the event loop without a new row after which rows that gather go out. Measured with 128 calls of one
+row in flight: 380, 341 and 288 microseconds of processor time per call at 0, 4 and 12 turns."""
+
 _by_expiry = attrgetter("expires_at")
 
 
@@ -39,13 +43,25 @@ class BatchReport(NamedTuple):
     run_s: float
 
 
+class Source(Protocol):
+    """Where the rows of a request come from: an array, or a recipe that is followed when a run needs them."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows once they are made."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+
 class Request:
     """Rows of one caller, and what came back for them so far."""
 
-    __slots__ = ("arrived_at", "expires_at", "future", "num_done", "num_taken", "outputs", "rows")
+    __slots__ = ("arrived_at", "expires_at", "future", "num_done", "num_rows", "num_taken", "outputs", "source")
 
-    def __init__(self, rows: Rows, *, arrived_at: float, expires_at: float) -> None:
-        self.rows, self.arrived_at, self.expires_at = rows, arrived_at, expires_at
+    def __init__(self, source: Source, *, arrived_at: float, expires_at: float) -> None:
+        self.source, self.arrived_at, self.expires_at = source, arrived_at, expires_at
+        self.num_rows = len(source)
         self.future: asyncio.Future[Outputs] = asyncio.get_running_loop().create_future()
         self.num_taken = self.num_done = 0
         self.outputs: Outputs = ()
@@ -53,7 +69,7 @@ class Request:
     @property
     def num_waiting(self) -> int:
         """Rows that are not yet in a run."""
-        return len(self.rows) - self.num_taken
+        return self.num_rows - self.num_taken
 
     def take(self, num_rows: int) -> "Slice":
         """Return the next rows as a slice of this request."""
@@ -64,17 +80,17 @@ class Request:
     def deliver(self, start: int, outputs: Outputs) -> None:
         """Take the outputs of the rows from `start` on; resolve when all rows have theirs."""
         num_rows = len(outputs[0])
-        if num_rows == len(self.rows):
+        if num_rows == self.num_rows:
             self.outputs = outputs
         else:
             if not self.outputs:
                 self.outputs = tuple(
-                    np.empty((len(self.rows), *output.shape[1:]), output.dtype) for output in outputs
+                    np.empty((self.num_rows, *output.shape[1:]), output.dtype) for output in outputs
                 )
             for whole, part in zip(self.outputs, outputs, strict=True):
                 whole[start : start + num_rows] = part
         self.num_done += num_rows
-        if self.num_done == len(self.rows) and not self.future.done():
+        if self.num_done == self.num_rows and not self.future.done():
             self.future.set_result(self.outputs)
 
     def fail(self, error: BaseException) -> None:
@@ -92,8 +108,14 @@ class Slice(NamedTuple):
 
     @property
     def rows(self) -> Rows:
-        """The rows themselves."""
-        return self.request.rows[self.start : self.stop]
+        """The rows, where the source is an array."""
+        rows: Rows = self.request.source[self.start : self.stop]  # type: ignore[index]  # recipes have no slices
+        return rows
+
+
+def concatenate(batch: Sequence[Slice]) -> Rows:
+    """Return the rows of slices whose sources are arrays."""
+    return batch[0].rows if len(batch) == 1 else np.concatenate([part.rows for part in batch])
 
 
 class RowBatcher:
@@ -103,6 +125,8 @@ class RowBatcher:
         run: Runs the graph on rows (n, *row_shape); returns outputs of n rows each. Pure: may be repeated.
         config: Bounds.
         name: Name of the graph, for errors and logs.
+        num_slots: Runs in flight while rows gather.
+        assemble: Makes the rows of a run from slices of sources.
         clock: Monotonic seconds.
         on_batch: Told about every run that succeeded.
     """
@@ -113,13 +137,18 @@ class RowBatcher:
         config: BatchingConfig,
         *,
         name: str,
+        num_slots: int,
+        assemble: Callable[[Sequence[Slice]], Rows] = concatenate,
         clock: Callable[[], float] = time.monotonic,
         on_batch: Callable[[BatchReport], None] = lambda _: None,
     ) -> None:
         self._run, self._config, self._name, self._clock, self._on_batch = run, config, name, clock, on_batch
+        self._num_slots, self._assemble = num_slots, assemble
         self._waiting: list[Request] = []
         self._runs: set[asyncio.Task[None]] = set()
         self._dispatch_is_scheduled = False
+        self._num_quiet_turns = 0
+        self._gathering_since = 0.0
         self._is_closed = False
         self._num_rows_waiting = 0
         self._num_rows_held = 0
@@ -142,11 +171,11 @@ class RowBatcher:
         """Whether rows are held and no run has ended for too long."""
         return self._num_rows_held > 0 and self._clock() - self._last_progress > self._config.stall_after_s
 
-    async def submit(self, rows: Rows, *, expires_at: float) -> Outputs:
+    async def submit(self, source: Source, *, expires_at: float) -> Outputs:
         """Return the outputs for rows, in their order, whatever they were batched with.
 
         Args:
-            rows: Shape (n, *row_shape), n >= 1. Not changed; must not be changed by the caller meanwhile.
+            source: An array (n, *row_shape), n >= 1, not to be changed meanwhile; or a recipe for one.
             expires_at: Time on the clock after which nobody waits for the answer.
 
         Raises:
@@ -154,15 +183,15 @@ class RowBatcher:
             DeadlineExceeded: If they expire before they are run.
             EngineUnavailable: If the batcher is closed.
         """
-        request = Request(rows, arrived_at=self._clock(), expires_at=expires_at)
+        request = Request(source, arrived_at=self._clock(), expires_at=expires_at)
         self._admit(request)
         bisect.insort(self._waiting, request, key=_by_expiry)
         self._schedule_dispatch()
         try:
             return await request.future
         finally:
-            self._num_rows_held -= len(rows)
-            self._num_bytes_held -= rows.nbytes
+            self._num_rows_held -= request.num_rows
+            self._num_bytes_held -= source.nbytes
 
     async def close(self) -> None:
         """Fail what waits, and end what runs."""
@@ -175,39 +204,60 @@ class RowBatcher:
         await asyncio.gather(*self._runs, return_exceptions=True)
 
     def _admit(self, request: Request) -> None:
-        config, num_rows = self._config, len(request.rows)
+        config, num_rows = self._config, request.num_rows
         if self._is_closed:
             raise EngineUnavailable(graph=self._name)
         if self._num_rows_held == 0:
             self._last_progress = request.arrived_at
         elif (
             self._num_rows_held + num_rows > config.max_queue_rows
-            or self._num_bytes_held + request.rows.nbytes > config.max_queue_bytes
+            or self._num_bytes_held + request.source.nbytes > config.max_queue_bytes
         ):  # A single request always fits an empty queue: the limits of a call bound it.
             raise QueueFull(retry_after_s=self._time_to_drain_s())
         self._num_rows_held += num_rows
         self._num_rows_waiting += num_rows
-        self._num_bytes_held += request.rows.nbytes
+        self._num_bytes_held += request.source.nbytes
 
     def _time_to_drain_s(self) -> float:
         low, high = _RETRY_RANGE_S
         return min(max(self._num_rows_held / self._rows_per_s, low), high) if self._rows_per_s else low
 
     def _schedule_dispatch(self) -> None:
-        # One turn of the loop later: requests that were parsed in the same turn share the first run.
+        """Let rows gather while they keep coming, then dispatch.
+
+        gRPC hands over calls a few at a time, each in a turn of the event loop. A run per handful costs more than
+        the rows in it, so a dispatch that has company waits until some turns brought no row: microseconds when
+        the loop is idle, longer only while it works. A row alone goes out in the next turn.
+        """
+        self._num_quiet_turns = 0
         if not self._dispatch_is_scheduled:
             self._dispatch_is_scheduled = True
-            asyncio.get_running_loop().call_soon(self._dispatch)
+            self._gathering_since = self._clock()
+            asyncio.get_running_loop().call_soon(self._gather)
+
+    def _gather(self) -> None:
+        self._num_quiet_turns += 1
+        is_alone = not self._runs and len(self._waiting) == 1
+        is_over = (
+            self._num_quiet_turns > (0 if is_alone else _QUIET_TURNS)
+            or not self._has_slot()
+            or self._num_rows_waiting >= self._config.max_batch_rows
+            or self._clock() - self._gathering_since > self._config.max_gather_s
+        )
+        if is_over:
+            self._dispatch_is_scheduled = False
+            self._dispatch()
+        else:
+            asyncio.get_running_loop().call_soon(self._gather)
 
     def _dispatch(self) -> None:
-        self._dispatch_is_scheduled = False
         while self._has_slot() and (batch := self._next_batch()):
             task = asyncio.get_running_loop().create_task(self._run_batch(batch))
             self._runs.add(task)
             task.add_done_callback(self._on_run_end)
 
     def _has_slot(self) -> bool:
-        if len(self._runs) < self._config.max_in_flight:
+        if len(self._runs) < self._num_slots:
             return True
         is_full = self._num_rows_waiting >= self._config.max_batch_rows
         return is_full and len(self._runs) < self._config.max_full_in_flight
@@ -217,7 +267,7 @@ class RowBatcher:
         if not task.cancelled() and (error := task.exception()):
             logger.error("a run ended without resolving its rows", exc_info=error)
         if self._waiting:
-            self._dispatch()
+            self._schedule_dispatch()
 
     def _next_batch(self) -> list[Slice]:
         """Take rows by deadline; while others wait, nobody takes more than half of a batch."""
@@ -269,7 +319,7 @@ class RowBatcher:
             self._last_progress = self._clock()
 
     async def _run_and_deliver(self, batch: Sequence[Slice]) -> None:
-        rows = batch[0].rows if len(batch) == 1 else np.concatenate([part.rows for part in batch])
+        rows = self._assemble(batch)
         outputs = await self._run(rows)
         if any(len(output) != len(rows) for output in outputs):
             raise EngineUnavailable(graph=self._name, detail="outputs do not have the rows of the input")

@@ -5,6 +5,7 @@ bundle is wrong, 130 interrupted.
 """
 
 import asyncio
+import contextlib
 import json
 import math
 import signal
@@ -231,14 +232,20 @@ def show_demo(
 
 
 def _up_on_ray(settings: ServingConfig) -> None:
-    from serving.app import on_ray  # noqa: PLC0415 - Ray takes a second to import and the client commands need none
+    from serving.app import Stopped, on_ray  # noqa: PLC0415 - the client commands need no Ray, which is slow to import
 
     stop = threading.Event()
-    with on_ray(settings, tell=_tell) as port:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
+
+    def ask_to_stop(number: int, _frame: object) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)  # whoever asks twice does not want to wait
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
+    with contextlib.suppress(Stopped), on_ray(settings, tell=_tell, stop=stop) as port:
         _welcome(settings, port)
         stop.wait()
+    _tell("stopped")
 
 
 async def _up_in_process(settings: ServingConfig) -> None:

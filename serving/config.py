@@ -18,9 +18,12 @@ class BatchingConfig(Config):
     max_batch_rows: int = Field(default=128, ge=1, le=65_536)
     """Most rows in one run of a graph."""
 
-    max_in_flight: int = Field(default=2, ge=1, le=64)
-    """Runs in flight while rows gather: two overlap transport with compute. A full batch goes out beyond it,
+    max_in_flight: int | None = Field(default=None, ge=1, le=64)
+    """Runs in flight while rows gather; by default what the engine can overlap. A full batch goes out beyond it,
     so that pressure shows as ongoing calls to Serve's autoscaler."""
+
+    max_gather_s: float = Field(default=0.002, ge=0, le=1)
+    """Longest time rows gather for a free slot while more keep coming, seconds."""
 
     max_full_in_flight: int = Field(default=8, ge=1, le=256)
     """Most runs in flight when batches are full."""

@@ -1,6 +1,8 @@
 """Small bundles built with `onnx.helper`, without torch: the serving tests need nothing of training."""
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,13 +18,26 @@ LATENT_DIM = 2
 
 
 def small_bundle(
-    directory: Path, *, seed: int = 0, data_shape: tuple[int, ...] = DATA_SHAPE, latent_dim: int = LATENT_DIM
+    directory: Path,
+    *,
+    seed: int = 0,
+    data_shape: tuple[int, ...] = DATA_SHAPE,
+    latent_dim: int = LATENT_DIM,
+    hidden: tuple[int, ...] = (),
 ) -> Path:
-    """Write a linear encoder and decoder with random weights; return the folder."""
+    """Write an encoder and a decoder with random weights; return the folder.
+
+    Args:
+        directory: Folder of the bundle.
+        seed: Seed of the weights.
+        data_shape: Shape of one row of data.
+        latent_dim: Dimensions of one row of latents.
+        hidden: Widths of the encoder's hidden layers (ReLU), mirrored in the decoder; none makes them linear.
+    """
     size = int(np.prod(data_shape))
     random = np.random.default_rng(seed)
-    encoder = _encoder(random, size, latent_dim, data_shape)
-    decoder = _decoder(random, size, latent_dim, data_shape)
+    encoder = _encoder(random, (size, *hidden), latent_dim, data_shape)
+    decoder = _decoder(random, (latent_dim, *reversed(hidden)), size, data_shape)
     manifest = bundle.Manifest(
         name="small",
         version=bundle.version_of(encoder, decoder),
@@ -51,68 +66,73 @@ def _golden(
     """Compute the known answers with onnx's reference evaluator: a second implementation."""
     from onnx.reference import ReferenceEvaluator  # noqa: PLC0415 - slow to import
 
-    mean, log_var = ReferenceEvaluator(encoder).run(None, {"data": bundle.golden_data(data_shape)})
-    logits, observation = ReferenceEvaluator(decoder).run(None, {"latents": bundle.golden_latents(latent_dim)})
+    encoded: Any = ReferenceEvaluator(encoder).run(None, {"data": bundle.golden_data(data_shape)})
+    decoded: Any = ReferenceEvaluator(decoder).run(None, {"latents": bundle.golden_latents(latent_dim)})
     return (
-        bundle.known_answer("encoder", "mean", mean),
-        bundle.known_answer("encoder", "log_var", log_var),
-        bundle.known_answer("decoder", "logits", logits),
-        bundle.known_answer("decoder", "mean", observation),
+        bundle.known_answer("encoder", "mean", encoded[0]),
+        bundle.known_answer("encoder", "log_var", encoded[1]),
+        bundle.known_answer("decoder", "logits", decoded[0]),
+        bundle.known_answer("decoder", "mean", decoded[1]),
     )
 
 
-def _encoder(random: np.random.Generator, size: int, latent_dim: int, shape: tuple[int, ...]) -> bytes:
-    nodes = [
-        helper.make_node("Div", ["data", "pixel_max"], ["unit"]),
-        helper.make_node("Flatten", ["unit"], ["flat"]),
-        helper.make_node("Gemm", ["flat", "mean_weight", "mean_bias"], ["mean"]),
-        helper.make_node("Gemm", ["flat", "log_var_weight", "log_var_bias"], ["log_var"]),
-    ]
-    weights = {
-        "pixel_max": np.array(255, np.float32),
-        "mean_weight": _weight(random, size, latent_dim),
-        "mean_bias": _weight(random, latent_dim),
-        "log_var_weight": _weight(random, size, latent_dim),
-        "log_var_bias": _weight(random, latent_dim),
-    }
-    outputs = {"mean": (latent_dim,), "log_var": (latent_dim,)}
-    return _graph("encoder", nodes, weights, {"data": shape}, outputs)
-
-
-def _decoder(random: np.random.Generator, size: int, latent_dim: int, shape: tuple[int, ...]) -> bytes:
-    nodes = [
-        helper.make_node("Gemm", ["latents", "weight", "bias"], ["flat"]),
-        helper.make_node("Reshape", ["flat", "shape"], ["logits"]),
-        helper.make_node("Sigmoid", ["logits"], ["mean"]),
-    ]
-    weights = {
-        "weight": _weight(random, latent_dim, size),
-        "bias": _weight(random, size),
-        "shape": np.array([-1, *shape], np.int64),
-    }
-    return _graph("decoder", nodes, weights, {"latents": (latent_dim,)}, {"logits": shape, "mean": shape})
-
-
-def _weight(random: np.random.Generator, *shape: int) -> NDArray[np.float32]:
-    return (random.standard_normal(shape) * 0.5).astype(np.float32)
-
-
-def _graph(
-    name: str,
-    nodes: list[onnx.NodeProto],
-    weights: dict[str, NDArray[np.generic]],
-    inputs: dict[str, tuple[int, ...]],
-    outputs: dict[str, tuple[int, ...]],
+def _encoder(
+    random: np.random.Generator, widths: tuple[int, ...], latent_dim: int, shape: tuple[int, ...]
 ) -> bytes:
-    def values(shapes: dict[str, tuple[int, ...]]) -> list[onnx.ValueInfoProto]:
-        return [
-            helper.make_tensor_value_info(key, TensorProto.FLOAT, ["batch", *shape])
-            for key, shape in shapes.items()
-        ]
+    stack = _Stack(random)
+    flat = stack.add("Flatten", [stack.add("Div", ["data", stack.weight(np.array(255, np.float32))])])
+    last = stack.layers(flat, widths)
+    stack.gemm(last, widths[-1], latent_dim, output="mean")
+    stack.gemm(last, widths[-1], latent_dim, output="log_var")
+    return stack.graph("encoder", {"data": shape}, {"mean": (latent_dim,), "log_var": (latent_dim,)})
 
-    initializers = [numpy_helper.from_array(value, key) for key, value in weights.items()]
-    graph = helper.make_graph(nodes, name, values(inputs), values(outputs), initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
-    onnx.checker.check_model(model, full_check=True)
-    content: bytes = model.SerializeToString()
-    return content
+
+def _decoder(random: np.random.Generator, widths: tuple[int, ...], size: int, shape: tuple[int, ...]) -> bytes:
+    stack = _Stack(random)
+    flat = stack.gemm(stack.layers("latents", widths), widths[-1], size)
+    stack.add("Reshape", [flat, stack.weight(np.array([-1, *shape], np.int64))], output="logits")
+    stack.add("Sigmoid", ["logits"], output="mean")
+    return stack.graph("decoder", {"latents": (widths[0],)}, {"logits": shape, "mean": shape})
+
+
+class _Stack:
+    """Nodes and weights of a graph under construction."""
+
+    def __init__(self, random: np.random.Generator) -> None:
+        self._random = random
+        self._nodes: list[onnx.NodeProto] = []
+        self._weights: list[onnx.TensorProto] = []
+
+    def add(self, operator: str, inputs: list[str], *, output: str = "") -> str:
+        name = output or f"value{len(self._nodes)}"
+        self._nodes.append(helper.make_node(operator, inputs, [name]))
+        return name
+
+    def weight(self, values: NDArray[np.generic]) -> str:
+        name = f"weight{len(self._weights)}"
+        self._weights.append(numpy_helper.from_array(values, name))
+        return name
+
+    def gemm(self, rows: str, num_inputs: int, num_outputs: int, *, output: str = "") -> str:
+        scale = 0.5 if num_inputs <= np.prod(DATA_SHAPE) else num_inputs**-0.5
+        weight = self._random.standard_normal((num_inputs, num_outputs)) * scale
+        bias = self._random.standard_normal(num_outputs) * 0.5
+        parts = [self.weight(weight.astype(np.float32)), self.weight(bias.astype(np.float32))]
+        return self.add("Gemm", [rows, *parts], output=output)
+
+    def layers(self, rows: str, widths: tuple[int, ...]) -> str:
+        for num_inputs, num_outputs in pairwise(widths):
+            rows = self.add("Relu", [self.gemm(rows, num_inputs, num_outputs)])
+        return rows
+
+    def graph(self, name: str, inputs: dict[str, tuple[int, ...]], outputs: dict[str, tuple[int, ...]]) -> bytes:
+        def values(shapes: dict[str, tuple[int, ...]]) -> list[onnx.ValueInfoProto]:
+            make = helper.make_tensor_value_info
+            return [make(key, TensorProto.FLOAT, ["batch", *shape]) for key, shape in shapes.items()]
+
+        graph = helper.make_graph(self._nodes, name, values(inputs), values(outputs), self._weights)
+        opset = helper.make_opsetid("", OPSET)
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
+        onnx.checker.check_model(model, full_check=True)
+        content: bytes = model.SerializeToString()
+        return content

@@ -26,6 +26,11 @@ class InProcessEngine:
         self._decoder = GraphRuntime(bundle, "decoder", device=config.device, threads=threads[1])
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="onnxruntime")
 
+    @property
+    def num_slots(self) -> int:
+        """One: a second run would only take processor time from the first and from the event loop."""
+        return 1
+
     async def encode(self, data: Rows) -> Posterior:
         """Return posteriors of data."""
         return Posterior(*await self._run(self._encoder, data, "mean", "log_var"))

@@ -24,6 +24,11 @@ class Providers(NamedTuple):
 class Engine(Protocol):
     """Runs the two halves of one model on rows. Pure: a caller may repeat any call."""
 
+    @property
+    def num_slots(self) -> int:
+        """Runs of one graph that it can overlap."""
+        ...
+
     async def encode(self, data: Rows) -> Posterior:
         """Return posteriors of data (rows, *data_shape), uint8 or float32, in pixel units [0, 255]."""
         ...

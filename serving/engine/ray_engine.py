@@ -21,6 +21,7 @@ from serving.runtime import LoadReport
 
 logger = logging.getLogger(__name__)
 
+_NUM_SLOTS: Final = 2
 Graph = Literal["encoder", "decoder"]
 _LOST: Final = (RayActorError, DeploymentUnavailableError, grpc.aio.AioRpcError, TimeoutError)
 """What says that the replica, not the rows, was the trouble. ActorDiedError and ActorUnavailableError are
@@ -47,6 +48,11 @@ class RayEngine:
         self._version = manifest.version
         self._handles = {"encoder": _by_value(encoder), "decoder": _by_value(decoder)}
         self._configs: dict[str, ReplicasConfig] = {"encoder": config.encoder, "decoder": config.decoder}
+
+    @property
+    def num_slots(self) -> int:
+        """Two: the transport of one run overlaps the compute of the other."""
+        return _NUM_SLOTS
 
     async def encode(self, data: Rows) -> Posterior:
         """Return posteriors of data."""

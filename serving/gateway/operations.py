@@ -6,14 +6,14 @@ pixel units [0, 255].
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving import noise
-from serving.batching import BatchReport, Outputs, RowBatcher, Rows
+from serving.batching import BatchReport, Outputs, RowBatcher, Rows, Slice, concatenate
 from serving.bundle import Manifest
 from serving.config import ServingConfig
 from serving.engine.protocol import Engine, Posterior
@@ -36,12 +36,42 @@ _PARALLEL: Final = 1e-4
 """Sine of the angle below which a great arc is computed as a line: the quotient loses its digits there."""
 
 
+class PriorDraw:
+    """Latents that a seed means; made when a run needs them, with those of other callers in one go.
+
+    Args:
+        seed: In [0, 2^64).
+        first_row: Number of the first row in the seed's sequence.
+        num_rows: Rows to draw.
+        temperature: Standard deviation.
+        latent_dim: Dimensions of a row.
+    """
+
+    __slots__ = ("first_row", "latent_dim", "num_rows", "seed", "temperature")
+
+    def __init__(self, seed: int, first_row: int, num_rows: int, temperature: float, latent_dim: int) -> None:
+        self.seed, self.first_row, self.num_rows = seed, first_row, num_rows
+        self.temperature, self.latent_dim = temperature, latent_dim
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the latents, float32."""
+        return 4 * self.num_rows * self.latent_dim
+
+    def latents(self) -> Float32:
+        """Return all rows, shape (num_rows, latent_dim)."""
+        standard = noise.normal(self.seed, self.num_rows, self.latent_dim, first_row=self.first_row)
+        return standard * np.float32(self.temperature)
+
+
 class Samples(NamedTuple):
-    """Draws from the prior: observations (n, *data_shape), latents (n, latent_dim), the seed used."""
+    """Draws from the prior: observations (n, *data_shape), and the draw that they come from."""
 
     observations: Float32
-    latents: Float32
-    seed: int
+    draw: PriorDraw
 
 
 class Operations:
@@ -66,16 +96,20 @@ class Operations:
         row_bytes = 4 * max(manifest.data_size, manifest.latent_dim)
         self.max_rows = max(1, min(config.limits.max_rows, config.limits.max_response_bytes // row_bytes))
         """Most rows of one call: the limit, or as many as an answer in float32 can carry."""
+        num_slots = config.batching.max_in_flight or engine.num_slots
         self.encoder = RowBatcher(
             self._run_encoder,
             config.batching,
             name="encoder",
+            num_slots=num_slots,
             on_batch=lambda report: on_batch("encoder", report),
         )
         self.decoder = RowBatcher(
             self._run_decoder,
             config.batching,
             name="decoder",
+            num_slots=num_slots,
+            assemble=self._assemble_latents,
             on_batch=lambda report: on_batch("decoder", report),
         )
 
@@ -183,12 +217,10 @@ class Operations:
             raise OutOfRange("temperature", expected=expected, actual=f"{temperature:g}")
         if first_row > MAX_FIRST_ROW:
             raise OutOfRange("first_row", expected="a number in [0, 2^63]", actual=str(first_row))
-        latents = noise.normal(seed, num_samples, self.manifest.latent_dim, first_row=first_row)
-        if temperature != 1.0:
-            latents *= np.float32(temperature)
-        mean = await self.decode(latents, expires_at=expires_at)
+        draw = PriorDraw(seed, first_row, num_samples, temperature, self.manifest.latent_dim)
+        (mean,) = await self.decoder.submit(draw, expires_at=expires_at)
         observations = self.observe(mean, seed, first_row=first_row) if observe else mean
-        return Samples(observations, latents, seed)
+        return Samples(observations, draw)
 
     async def reconstruct(self, data: Rows, *, expires_at: float) -> Float32:
         """Return the decoded posterior means of data."""
@@ -251,6 +283,15 @@ class Operations:
     async def _run_decoder(self, rows: Rows) -> Outputs:
         return (await self._engine.decode(rows),)
 
+    def _assemble_latents(self, batch: Sequence[Slice]) -> Rows:
+        """Return the latents of slices: given ones, and draws from the prior, all made at once."""
+        draws = [part for part in batch if isinstance(part.request.source, PriorDraw)]
+        if not draws:
+            return concatenate(batch)
+        drawn = dict(zip(draws, _draw(draws, self.manifest.latent_dim), strict=True))
+        rows = [drawn[part] if part in drawn else part.rows for part in batch]  # noqa: SIM401 - a draw has no rows
+        return np.concatenate(rows)
+
     def _check_data(self, data: Rows, field: str) -> Rows:
         """Return data in pixel units, checked."""
         self._check_shape(data, self.manifest.data_shape, field)
@@ -279,6 +320,22 @@ class Operations:
             raise OutOfRange(field, expected="at least 1", actual=str(num_rows))
         if num_rows > self.max_rows:
             raise TooManyRows(field, limit=self.max_rows, actual=num_rows)
+
+
+def _draw(parts: Sequence[Slice], latent_dim: int) -> list[Float32]:
+    """Return the latents of slices of draws, one array each, from one pass of the generator."""
+    draws: list[Any] = [part.request.source for part in parts]
+    counts = [part.stop - part.start for part in parts]
+    ends = np.cumsum(counts)
+    seeds = np.repeat(np.array([draw.seed for draw in draws], np.uint64), counts)
+    rows = np.concatenate(
+        [
+            np.arange(part.start, part.stop, dtype=np.uint64) + np.uint64(draw.first_row)
+            for draw, part in zip(draws, parts, strict=True)
+        ]
+    )
+    scale = np.repeat(np.array([draw.temperature for draw in draws], np.float32), counts)
+    return np.split(noise.normal_at(seeds, rows, latent_dim) * scale[:, None], ends[:-1])
 
 
 def choose_seed() -> int:

@@ -90,8 +90,8 @@ class VaeService:
         )
         return pb.SampleResponse(
             samples=_message(samples.observations, request.output_type),
-            latents=to_message(samples.latents) if request.include_latents else None,
-            seed=samples.seed,
+            latents=to_message(samples.draw.latents()) if request.include_latents else None,
+            seed=samples.draw.seed,
             model_version=self._version,
         )
 

@@ -1,0 +1,59 @@
+# Every command of the project. `make check` and `make test` are what CI runs, in its order.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROTOS := protos/vae/v1/vae.proto
+DEMO := demo
+BASE ?= main
+
+.DEFAULT_GOAL := help
+.PHONY: help setup fmt check test demo serve bench protos clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP) ## create the environment with the tested versions
+
+$(STAMP): pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[serving,training,dev]'
+	@touch $@
+
+fmt: $(STAMP) ## format the code and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: $(STAMP) ## lint, types, architecture, wire contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd protos && ../$(BIN)/buf lint
+	@.ci/breaking $(BIN)/buf $(BASE)
+
+test: $(STAMP) ## pass the whole test suite
+	$(BIN)/python -m pytest
+
+demo: $(STAMP) ## train, export, serve on a local Ray, call every method, write pictures
+	$(BIN)/vae-train fit digits --output-dir $(DEMO)/run
+	$(BIN)/vae-train export $(DEMO)/run $(DEMO)/bundle
+	$(BIN)/vae-train data digits --split test --out $(DEMO)/test.npy
+	$(BIN)/vae-serve demo --bundle $(DEMO)/bundle --data $(DEMO)/test.npy --out $(DEMO)
+
+$(DEMO)/bundle/manifest.json:
+	$(MAKE) demo
+
+serve: $(STAMP) $(DEMO)/bundle/manifest.json ## keep the demo's model up on port 50051 until Ctrl-C
+	$(BIN)/vae-serve up --bundle $(DEMO)/bundle
+
+bench: $(STAMP) ## what distribution costs: echo, in-process and Ray, alternating
+	$(BIN)/python -m tests.benchmarks.engines
+
+protos: $(STAMP) ## generate the stubs from the wire contract
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. $(PROTOS)
+
+clean: ## remove what the targets made
+	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
