@@ -19,7 +19,8 @@ setup: $(STAMP) ## create the environment with the tested versions
 $(STAMP): pyproject.toml .ci/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[serving,training,dev]'
+	@echo 'installing the tested versions into $(VENV) (a minute or two)'
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[serving,training,dev]'
 	@touch $@
 
 fmt: $(STAMP) ## format the code and fix what can be fixed
@@ -38,7 +39,7 @@ test: $(STAMP) ## pass the whole test suite
 	$(BIN)/python -m pytest
 
 demo: $(STAMP) ## train, export, serve on a local Ray, call every method, write pictures
-	$(BIN)/vae-train fit digits --output-dir $(DEMO)/run
+	$(BIN)/vae-train fit digits --threads 1 --output-dir $(DEMO)/run  # small nets: a second thread gains nothing
 	$(BIN)/vae-train export $(DEMO)/run $(DEMO)/bundle
 	$(BIN)/vae-train data digits --split test --out $(DEMO)/test.npy
 	$(BIN)/vae-serve demo --bundle $(DEMO)/bundle --data $(DEMO)/test.npy --out $(DEMO)

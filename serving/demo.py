@@ -54,9 +54,9 @@ def run(config: ServingConfig, data: NDArray[Any], out_dir: Path, *, console: Co
     with _service(config, console) as port, VaeClient(f"127.0.0.1:{port}", timeout_s=60) as client:
         console.print(f"service healthy after {time.monotonic() - started:.1f} s, calling it on port {port}")
         written = _call_everything(client, data, out_dir, table)
-    console.print(table)
-    for path in written:
-        console.print(f"wrote {path}", highlight=False)
+        console.print(table)
+        for path in written:
+            console.print(f"wrote {path}", highlight=False)
     console.print("stopped everything that was started")
 
 

@@ -1,0 +1,1 @@
+"""Mirrors the package `training.models` file by file."""

@@ -1,0 +1,198 @@
+"""The loop learns, repeats itself, resumes bit for bit, and says when something is wrong."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import checkpoint, presets
+from training.checkpoint import RunFolder
+from training.config import OptimizerConfig, TrainingConfig
+from training.data import Dataset
+from training.errors import DeviceUnavailable, Diverged, ResumeMismatch
+from training.trainer import FitResult, Metrics, Schedule, choose_device, fit, load_for_resume
+
+from .conftest import CPU, SmokeRun
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """Return an empty run folder."""
+    return RunFolder(tmp_path)
+
+
+def _config(*assignments: str) -> TrainingConfig:
+    """Return a run of eight epochs of twenty steps, validated at every second epoch."""
+    return presets.smoke().override(
+        ["optimizer.epochs=8", "optimizer.validation_interval_epochs=2", "data.max_train_rows=null", *assignments]
+    )
+
+
+def _stop_at(step: int) -> Callable[[], bool]:
+    """Return what asks the loop to stop after a step; it is asked once after each."""
+    answers = iter([False] * (step - 1) + [True])
+    return lambda: next(answers)
+
+
+def _lines(run: RunFolder) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    for line in lines:
+        del line["seconds"]
+    return lines
+
+
+def _same_state(first: FitResult, second: FitResult) -> bool:
+    states = [dataclasses.replace(result.checkpoint, saved="") for result in (first, second)]
+    return states[0].sha256() == states[1].sha256()
+
+
+def test_bound_rises(digits: Dataset, run: RunFolder) -> None:
+    """A few seconds of training lift the validation ELBO by more than a nat, and the latents are used."""
+    seen: list[Metrics] = []
+    config = _config("optimizer.epochs=40", "optimizer.learning_rate=4e-3")
+    result = fit(config, digits, run, device=CPU, listener=seen.append)
+    assert result.is_finished
+    assert seen[-1].validation.elbo > seen[0].validation.elbo + 1
+    assert seen[-1].validation.kl > 1
+    assert not seen[-1].has_collapsed
+
+
+def test_metrics_add_up(smoke_run: SmokeRun) -> None:
+    """Every line holds the ELBO and its two terms apart, for training and validation."""
+    lines = [Metrics.model_validate_json(line) for line in smoke_run.folder.metrics.read_text().splitlines()]
+    assert [line.epoch for line in lines] == [1, 2]
+    for terms in (terms for line in lines for terms in (line.train, line.validation)):
+        assert terms.elbo == pytest.approx(terms.log_likelihood - terms.kl)
+        assert terms.kl >= 0
+        assert terms.log_likelihood < 0
+
+
+def test_run_repeats_itself(digits: Dataset, tmp_path: Path) -> None:
+    """The same seed gives the same weights to the last bit, another seed gives others."""
+    results = []
+    for number, seed in enumerate((3, 3, 4)):
+        run = RunFolder(tmp_path / f"{number}")
+        run.path.mkdir()
+        results.append(fit(_config(f"seed={seed}"), digits, run, device=CPU))
+    assert _same_state(results[0], results[1])
+    assert results[0].checkpoint.weights_sha256() != results[2].checkpoint.weights_sha256()
+
+
+@pytest.mark.parametrize("step", [1, 27, 40, 95], ids=["first step", "mid-epoch", "at a validation", "late"])
+def test_resumed_run_equals_the_uninterrupted_one(step: int, digits: Dataset, tmp_path: Path) -> None:
+    """Stopping at any step and continuing changes neither a weight nor a line of metrics."""
+    whole, halved = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "halved")
+    whole.path.mkdir()
+    halved.path.mkdir()
+    uninterrupted = fit(_config(), digits, whole, device=CPU)
+    stopped = fit(_config(), digits, halved, device=CPU, should_stop=_stop_at(step))
+    assert (stopped.is_finished, stopped.checkpoint.step) == (False, step)
+    resumed = fit(_config(), digits, halved, device=CPU, resume_from=load_for_resume(_config(), halved.last))
+    assert resumed.is_finished
+    assert _same_state(uninterrupted, resumed)
+    assert _lines(halved) == _lines(whole)
+    assert checkpoint.load(halved.best).weights_sha256() == checkpoint.load(whole.best).weights_sha256()
+
+
+def test_metrics_after_the_checkpoint_are_made_again(digits: Dataset, run: RunFolder) -> None:
+    """A crash between the line and the checkpoint leaves no line twice."""
+    fit(_config(), digits, run, device=CPU)
+    expected = _lines(run)
+    fit(_config("optimizer.epochs=8"), digits, run, device=CPU, resume_from=_early(run, digits))
+    assert _lines(run) == expected
+
+
+def _early(run: RunFolder, digits: Dataset) -> checkpoint.Checkpoint:
+    """Return the checkpoint after four of eight epochs."""
+    folder = RunFolder(run.path / "early")
+    folder.path.mkdir()
+    return fit(_config(), digits, folder, device=CPU, should_stop=_stop_at(80)).checkpoint
+
+
+def test_best_checkpoint_is_that_of_the_best_validation(digits: Dataset, run: RunFolder) -> None:
+    """best.pt holds the highest validation ELBO of the metrics."""
+    fit(_config(), digits, run, device=CPU)
+    lines = [Metrics.model_validate_json(line) for line in run.metrics.read_text().splitlines()]
+    best = max(lines, key=lambda line: line.validation.elbo)
+    assert checkpoint.load(run.best).step == best.step
+    assert checkpoint.load(run.best).validation_elbo == best.validation.elbo
+
+
+def test_averaged_weights_lag_behind(digits: Dataset, run: RunFolder) -> None:
+    """The moving average is neither the raw weights nor the initial ones."""
+    state = fit(_config(), digits, run, device=CPU).checkpoint
+    raw, averaged = state.weights["encoder.head.weight"], state.averaged_weights["encoder.head.weight"]
+    assert 0 < (raw - averaged).abs().max() < raw.abs().max()
+
+
+def test_collapse_is_recorded_and_not_before_the_warm_up_ends(digits: Dataset, run: RunFolder) -> None:
+    """A KL weight of 50 empties the latents: the alarm rises, and is part of the checkpoint."""
+    seen: list[Metrics] = []
+    config = _config("optimizer.beta=50", "optimizer.warm_up_fraction=0.5")
+    result = fit(config, digits, run, device=CPU, listener=seen.append)
+    assert result.checkpoint.has_collapsed
+    assert [line.has_collapsed for line in seen] == [False, False, True, True]
+
+
+def test_divergence_ends_the_run_and_keeps_the_last_checkpoint(digits: Dataset, run: RunFolder) -> None:
+    """Not-a-number is an error at the next validation, never a saved model."""
+    saved = fit(_config(), digits, run, device=CPU, should_stop=_stop_at(45)).checkpoint
+    before = run.last.read_bytes()
+    poisoned = {name: torch.full_like(weight, math.nan) for name, weight in saved.weights.items()}
+    with pytest.raises(Diverged, match=r"epoch 4: the ELBO is not finite; lower optimizer\.learning_rate"):
+        fit(
+            _config(),
+            digits,
+            run,
+            device=CPU,
+            resume_from=dataclasses.replace(saved, weights=poisoned),
+        )
+    assert run.last.read_bytes() == before
+
+
+def test_other_configuration_is_not_continued(smoke_run: SmokeRun) -> None:
+    """The error names what differs."""
+    other = smoke_run.config.override(["model.latent_dim=5", "seed=2"])
+    with pytest.raises(ResumeMismatch, match=r"now seed=2, model\.latent_dim=5;.*--resume never"):
+        load_for_resume(other, smoke_run.folder.last)
+
+
+def test_more_epochs_may_be_asked_for(smoke_run: SmokeRun, digits: Dataset, run: RunFolder) -> None:
+    """A finished run can be prolonged."""
+    longer = smoke_run.config.override(["optimizer.epochs=3", "data.max_train_rows=512"])
+    start = load_for_resume(longer, smoke_run.folder.last)
+    train = digits._replace(train=digits.train[:512])
+    result = fit(longer, train, run, device=CPU, resume_from=start)
+    assert (start.step, result.checkpoint.step) == (16, 24)
+
+
+def test_batch_larger_than_the_data_is_the_whole_data(digits: Dataset, run: RunFolder) -> None:
+    """One step an epoch, on every row."""
+    config = _config("optimizer.batch_size=5000", "optimizer.epochs=2")
+    assert fit(config, digits, run, device=CPU).checkpoint.step == 2
+
+
+def test_schedule_starts_and_ends_where_it_should() -> None:
+    """Half a cosine for the step size; a line, then a constant for beta."""
+    schedule = Schedule(OptimizerConfig(warm_up_fraction=0.1), num_steps=100)
+    assert schedule.learning_rate(0) == pytest.approx(1e-3)
+    assert schedule.learning_rate(50) == pytest.approx((1e-3 + 1e-5) / 2)
+    assert schedule.learning_rate(100) == pytest.approx(1e-5)
+    assert [schedule.beta(step) for step in (0, 4, 9, 99)] == pytest.approx([0.1, 0.5, 1, 1])
+
+
+def test_schedule_without_warm_up_has_the_full_weight_at_once() -> None:
+    """No division by a warm-up of zero steps."""
+    assert Schedule(OptimizerConfig(warm_up_fraction=0), num_steps=100).beta(0) == 1
+
+
+def test_device_that_is_absent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking for a GPU never falls back in silence; auto does."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == CPU
+    with pytest.raises(DeviceUnavailable, match=r"device 'cuda'.*--device cpu"):
+        choose_device("cuda")

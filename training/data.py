@@ -1,0 +1,265 @@
+"""Data sets as arrays of pixels in [0, 255], with digests and splits.
+
+Nothing that arrives from outside is trusted: the digest of the *unpacked* bytes is compared with the official
+one, since mirrors and copies compress differently.
+"""
+
+import hashlib
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from training.config import DataConfig
+from training.download import Progress, RemoteFile, fetch, unpack
+from training.errors import DataCorrupt, DataMissing, UnknownName
+from training.noise import Stream, uniform
+
+SplitName = Literal["train", "validation", "test"]
+SPLITS: Final[tuple[SplitName, ...]] = ("train", "validation", "test")
+
+Pixels = NDArray[np.uint8]
+
+MAX_PIXEL: Final = 255
+
+_DIGITS_SHA256: Final = "8f26b2bd9d135c256808f68f14fdabddde6d9c7f869ae419704b051f0f14b3b3"
+_DIGITS_HELD_OUT: Final = 250
+_DIGITS_LEVELS: Final = 16
+_IDX_VALIDATION: Final = 10_000
+_IDX_IMAGES_MAGIC: Final = 0x00000803
+_IDX_HEADER: Final = struct.Struct(">4I")
+
+
+class Source(NamedTuple):
+    """Where a data set comes from and what may be done with it."""
+
+    title: str
+    data_shape: tuple[int, ...]
+    num_rows: tuple[int, int, int]
+    licence: str
+    files: tuple[RemoteFile, ...] = ()
+    mirrors: tuple[str, ...] = ()
+
+
+SOURCES: Final[dict[str, Source]] = {
+    "digits": Source(
+        title="Optical recognition of handwritten digits (UCI), as scikit-learn ships it",
+        data_shape=(1, 8, 8),
+        num_rows=(1297, _DIGITS_HELD_OUT, _DIGITS_HELD_OUT),
+        licence="scikit-learn is BSD; the data come from the UCI repository (E. Alpaydin, C. Kaynak, 1998)",
+    ),
+    "mnist": Source(
+        title="MNIST handwritten digits (LeCun, Cortes, Burges)",
+        data_shape=(1, 28, 28),
+        num_rows=(50_000, _IDX_VALIDATION, 10_000),
+        licence="usually quoted as CC BY-SA 3.0; check before you redistribute images",
+        files=(
+            RemoteFile(
+                "train-images-idx3-ubyte",
+                47_040_016,
+                "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            ),
+            RemoteFile(
+                "t10k-images-idx3-ubyte",
+                7_840_016,
+                "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            ),
+        ),
+        mirrors=(
+            "https://storage.googleapis.com/cvdf-datasets/mnist/",
+            "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        ),
+    ),
+    "fashion-mnist": Source(
+        title="Fashion-MNIST, pictures of clothes (Zalando Research)",
+        data_shape=(1, 28, 28),
+        num_rows=(50_000, _IDX_VALIDATION, 10_000),
+        licence="MIT, Zalando SE",
+        files=(
+            RemoteFile(
+                "train-images-idx3-ubyte",
+                47_040_016,
+                "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            ),
+            RemoteFile(
+                "t10k-images-idx3-ubyte",
+                7_840_016,
+                "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            ),
+        ),
+        # Plain HTTP: the digest is the protection.
+        mirrors=("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+    ),
+}
+
+
+class Dataset(NamedTuple):
+    """A data set in memory; every split is uint8, shape (n, *data_shape), pixel units [0, 255]."""
+
+    name: str
+    train: Pixels
+    validation: Pixels
+    test: Pixels
+    sha256: str
+    split: str
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """Shape of one row."""
+        return self.train.shape[1:]
+
+    def rows(self, split: SplitName) -> Pixels:
+        """Return the rows of one split."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[split]
+
+
+def source(name: str) -> Source:
+    """Return where a data set comes from.
+
+    Raises:
+        UnknownName: If there is none of that name.
+    """
+    if name not in SOURCES:
+        raise UnknownName("data set", name, known=tuple(SOURCES))
+    return SOURCES[name]
+
+
+def load(
+    config: DataConfig,
+    *,
+    data_dir: Path | None = None,
+    mirrors: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Return a verified data set.
+
+    Args:
+        config: Which one, and how to split it.
+        data_dir: Folder of the official IDX files (.gz or unpacked), or a folder with a sub-folder of the
+            data set's name. Files that are in neither are downloaded into that sub-folder. Default: the
+            user's cache folder.
+        mirrors: Addresses to download from in place of the usual ones.
+        progress: Told about downloads.
+
+    Raises:
+        DataCorrupt: If a file is not the official one.
+        DownloadFailed: If a file is absent and no mirror gives it.
+        DataMissing: If a file is absent and its folder cannot be written.
+    """
+    if config.name == "digits":
+        loaded = _load_digits(config.split_seed)
+    else:
+        loaded = _load_idx(config.name, data_dir or cache_folder(), mirrors, progress)
+    return loaded._replace(train=loaded.train[: config.max_train_rows])
+
+
+def cache_folder() -> Path:
+    """Return where downloads go: $XDG_CACHE_HOME/vae-serving, or ~/.cache/vae-serving."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "vae-serving"
+
+
+def binarise(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Return zeros and ones, float32; a pixel is one with probability pixel / 255, exactly.
+
+    Args:
+        pixels: uint8, on the device of the generator.
+        generator: Source of the draw. Draw afresh at each visit of a row: a fixed binarisation overfits.
+
+    Example:
+        >>> binarise(torch.tensor([0, 255], dtype=torch.uint8), torch.Generator().manual_seed(0))
+        tensor([0., 1.])
+    """
+    # Integers below 255 compare below a pixel in exactly pixel of 255 cases; no rounding, one byte a pixel.
+    threshold = torch.randint(
+        0, MAX_PIXEL, pixels.shape, dtype=torch.uint8, device=pixels.device, generator=generator
+    )
+    return (threshold < pixels).float()
+
+
+def binarise_rows(pixels: Pixels, *, seed: int, first_row: int = 0) -> Tensor:
+    """Return zeros and ones, float32, that depend on the seed and the index of each row alone.
+
+    Args:
+        pixels: uint8, shape (n, *data_shape).
+        seed: Seed of the evaluation.
+        first_row: Index of the first row in its split.
+    """
+    flat = pixels.reshape(len(pixels), -1)
+    unit = uniform(seed, *flat.shape, first_row=first_row, stream=Stream.OBSERVATION).numpy()
+    # 255 * unit < pixel, not unit < pixel / 255: exact at both ends.
+    return torch.from_numpy((unit * np.float32(MAX_PIXEL) < flat).astype(np.float32)).view(pixels.shape)
+
+
+def parse_images(content: bytes, *, file: str) -> Pixels:
+    """Return the images of an IDX file, shape (n, 1, rows, columns).
+
+    Raises:
+        DataMissing: If the content is not an IDX file of images, or is cut short; names the problem.
+    """
+    if len(content) < _IDX_HEADER.size:
+        raise DataMissing(file=file, problem=f"{len(content)} bytes are too few for an IDX header")
+    magic, num_rows, height, width = _IDX_HEADER.unpack_from(content)
+    if magic != _IDX_IMAGES_MAGIC:
+        raise DataMissing(file=file, problem=f"magic number {magic:#010x}, images have {_IDX_IMAGES_MAGIC:#010x}")
+    expected = _IDX_HEADER.size + num_rows * height * width
+    if len(content) != expected:
+        raise DataMissing(file=file, problem=f"{len(content)} bytes, its header announces {expected}")
+    pixels = np.frombuffer(content, np.uint8, offset=_IDX_HEADER.size)
+    return pixels.reshape(num_rows, 1, height, width)
+
+
+def _load_digits(split_seed: int) -> Dataset:
+    values = load_digits().data.astype(np.uint8)
+    actual = hashlib.sha256(values.tobytes()).hexdigest()
+    if actual != _DIGITS_SHA256:
+        raise DataCorrupt(file="scikit-learn digits", expected=_DIGITS_SHA256, actual=actual)
+    pixels = np.rint(values * (MAX_PIXEL / _DIGITS_LEVELS)).astype(np.uint8).reshape(-1, 1, 8, 8)
+    # Not the stream of binarisation: the place of a row must say nothing about its pixels.
+    keys = uniform(split_seed, len(pixels), 1, stream=Stream.PRIOR)[:, 0].numpy()
+    order = np.argsort(keys, kind="stable")
+    shuffled = pixels[order]
+    first, second = len(pixels) - 2 * _DIGITS_HELD_OUT, len(pixels) - _DIGITS_HELD_OUT
+    return Dataset(
+        name="digits",
+        train=shuffled[:first],
+        validation=shuffled[first:second],
+        test=shuffled[second:],
+        sha256=actual,
+        split=f"shuffled by seed {split_seed}; first {first} train, then {second - first} validation, "
+        f"last {len(pixels) - second} test",
+    )
+
+
+def _load_idx(name: str, data_dir: Path, mirrors: Sequence[str] | None, progress: Progress | None) -> Dataset:
+    known = source(name)
+    train_file, test_file = known.files
+    contents = {}
+    for file in known.files:
+        path = _find(file, data_dir, name)
+        if path is None:
+            path = fetch(file, data_dir / name, known.mirrors if mirrors is None else mirrors, progress=progress)
+        contents[file] = parse_images(unpack(path, file), file=str(path))
+    images = contents[train_file]
+    return Dataset(
+        name=name,
+        train=images[:-_IDX_VALIDATION],
+        validation=images[-_IDX_VALIDATION:],
+        test=contents[test_file],
+        sha256=train_file.sha256,
+        split=f"official; the last {_IDX_VALIDATION} rows of train are validation",
+    )
+
+
+def _find(file: RemoteFile, data_dir: Path, name: str) -> Path | None:
+    candidates = [
+        folder / f"{file.name}{suffix}" for folder in (data_dir / name, data_dir) for suffix in ("", ".gz")
+    ]
+    return next((path for path in candidates if path.is_file()), None)

@@ -1,0 +1,54 @@
+"""Where a run took place: what a reader needs to repeat it."""
+
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+import torch
+
+_TOOLS: Final = ("torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy")
+_GIT_TIMEOUT_S: Final = 5.0
+
+
+def tool_versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide the numbers."""
+    versions = {"python": platform.python_version()}
+    for tool in _TOOLS:
+        try:
+            versions[tool] = metadata.version(tool)
+        except metadata.PackageNotFoundError:  # Either of the two ONNX Runtimes is enough.
+            continue
+    return versions
+
+
+def environment_json(*, seed: int, device: torch.device) -> str:
+    """Return environment.json: versions, git commit, seed, device, threads."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    content = {
+        "tool_versions": tool_versions(),
+        "git_commit": git_commit(),
+        "seed": seed,
+        "device": device.type,
+        "device_name": name,
+        "num_threads": torch.get_num_threads(),
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def git_commit() -> str | None:
+    """Return the commit of this source tree; None outside a repository or without git."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"],  # noqa: S607  # whichever git the user has
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=_GIT_TIMEOUT_S,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

@@ -1,0 +1,1 @@
+"""p(x, z) in its forms. No objective is known here."""
