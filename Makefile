@@ -54,7 +54,7 @@ bench: $(STAMP) ## what distribution costs: echo, in-process and Ray, alternatin
 	$(BIN)/python -m tests.benchmarks.engines
 
 protos: $(STAMP) ## generate the stubs from the wire contract
-	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. $(PROTOS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. $(PROTOS)
 
 clean: ## remove what the targets made
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

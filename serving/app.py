@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,8 @@ from ray.serve.schema import LoggingConfig
 
 from serving import bundle, scaling
 from serving.config import ServingConfig
-from serving.errors import PortTaken, ProviderUnavailable, ServiceFailed
+from serving.errors import ProviderUnavailable, ServiceFailed
+from serving.gateway.server import check_port
 from serving.replicas import Gateway, GraphReplica
 
 APPLICATION: Final = "vae"
@@ -92,7 +92,7 @@ def on_ray(
     """
     # Checked here first: a one-line error instead of a deployment that fails three times.
     manifest = bundle.read(config.bundle).manifest
-    _check_port(config.gateway.host, config.gateway.port)
+    check_port(config.gateway.host, config.gateway.port)
     tell(f"bundle verified: {manifest.name} {manifest.version}")
     is_local = "RAY_ADDRESS" not in os.environ
     try:
@@ -183,13 +183,3 @@ def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if line.startswith("serving.errors.")]
     return (named or lines or [type(error).__name__])[-1].removeprefix("serving.errors.")[:400]
-
-
-def _check_port(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host.strip("[]"), port))
-        except OSError:
-            raise PortTaken(address=f"{host}:{port}") from None

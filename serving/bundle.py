@@ -7,25 +7,29 @@ to `runtime`, which runs them.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from http import HTTPStatus
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Annotated, BinaryIO, Final, Literal, NamedTuple
 
 import fsspec
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from serving import noise
 from serving.errors import BundleError
-from serving.typed_config import Config, ConfigError
+from serving.typed_config import Config
 
 MANIFEST: Final = "manifest.json"
 MODEL_CARD: Final = "MODEL_CARD.md"
 FORMAT_VERSION: Final = 1
+MAX_ROW_ELEMENTS: Final = 2**24
 MAX_MANIFEST_BYTES: Final = 4 * 2**20
 MAX_GRAPH_BYTES: Final = 2**31
 
@@ -36,6 +40,12 @@ GOLDEN_ROWS: Final = 4
 GOLDEN_VALUES: Final = 16
 
 _EXPORT_AGAIN: Final = "export it again with vae-train export"
+
+
+def _bounded(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if math.prod(shape) > MAX_ROW_ELEMENTS:
+        raise ValueError(f"expected at most {MAX_ROW_ELEMENTS} elements in one row")
+    return shape
 
 
 class GraphFile(Config):
@@ -50,10 +60,10 @@ class GraphFile(Config):
     size_bytes: int = Field(gt=0, lt=MAX_GRAPH_BYTES)
     """Size of the file, bytes."""
 
-    inputs: tuple[str, ...]
+    inputs: tuple[str, ...] = Field(min_length=1)
     """Names of the inputs, in order."""
 
-    outputs: tuple[str, ...]
+    outputs: tuple[str, ...] = Field(min_length=1)
     """Names of the outputs, in order."""
 
 
@@ -101,7 +111,7 @@ class Manifest(Config):
     created: str
     """End of training, ISO 8601, UTC. Taken from the checkpoint, so that exports repeat byte for byte."""
 
-    data_shape: tuple[int, ...] = Field(min_length=1)
+    data_shape: Annotated[tuple[Annotated[int, Field(ge=1)], ...], AfterValidator(_bounded)] = Field(min_length=1)
     """Shape of one row of data."""
 
     latent_dim: int = Field(ge=1, le=65_536)
@@ -219,10 +229,11 @@ def write(
     Raises:
         BundleError: If the folder exists and is not a bundle.
     """
-    if directory.exists() and any(directory.iterdir()) and not (directory / MANIFEST).exists():
+    is_bundle = (directory / MANIFEST).exists()
+    if directory.is_file() or (directory.exists() and any(directory.iterdir()) and not is_bundle):
         raise BundleError(
             location=directory.name,
-            problem="the folder exists and is not a bundle",
+            problem="it exists and is not a bundle",
             remedy="name another folder",
         )
     files = {
@@ -232,10 +243,15 @@ def write(
         MANIFEST: manifest.to_json().encode(),
     }
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    for name, content in files.items():
-        target = partial / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for name, content in files.items():
+            target = partial / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     retired = directory.with_name(f".{directory.name}.{os.getpid()}.retired")
     if directory.exists():
         directory.rename(retired)
@@ -253,9 +269,12 @@ def read_manifest(location: str) -> Manifest:
         BundleError: If it is missing or not a manifest.
     """
     raw = _read(location, MANIFEST, MAX_MANIFEST_BYTES)
+    if len(raw) > MAX_MANIFEST_BYTES:
+        problem = f"{MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes"
+        raise BundleError(location=location, problem=problem, remedy=_EXPORT_AGAIN)
     try:
         return Manifest.parse(json.loads(raw))
-    except (ValueError, ConfigError) as error:
+    except (ValueError, RecursionError) as error:
         problem = f"{MANIFEST} is not a valid manifest: {str(error)[:300]}"
         raise BundleError(location=location, problem=problem, remedy=_EXPORT_AGAIN) from None
 
@@ -284,7 +303,7 @@ def absolute(location: str) -> str:
 
 
 def _is_url(location: str) -> bool:
-    return re.match(r"^\w+:", location) is not None
+    return re.match(r"^\w+://", location) is not None
 
 
 def _read_graph(location: str, file: GraphFile) -> bytes:
@@ -304,21 +323,36 @@ def _read_graph(location: str, file: GraphFile) -> bytes:
 
 def _read(location: str, name: str, limit_bytes: int) -> bytes:
     """Return a file's bytes, at most one more than the limit so that a larger file shows."""
-    url = location if _is_url(location) else Path(location).absolute().as_uri()
     try:
-        with fsspec.open(f"{url.rstrip('/')}/{name}", "rb") as file:
+        with _open(location, name) as file:
             content: bytes = file.read(limit_bytes + 1)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        cause = error.__cause__
+        if (
+            cause
+            and not isinstance(cause, FileNotFoundError)
+            and getattr(cause, "status", 0) != HTTPStatus.NOT_FOUND
+        ):
+            raise _unreadable(location, name, cause) from None  # fsspec says so of a server that is away, too
         problem = f"there is no {name}"
         raise BundleError(
             location=location, problem=problem, remedy="give the folder that vae-train export wrote"
         ) from None
     except (OSError, ValueError, ImportError) as error:
-        problem = f"{name} cannot be read ({type(error).__name__}: {str(error)[:200]})"
-        raise BundleError(
-            location=location, problem=problem, remedy="check the address and its permissions"
-        ) from None
+        raise _unreadable(location, name, error) from None
     return content
+
+
+def _unreadable(location: str, name: str, error: BaseException) -> BundleError:
+    problem = f"{name} cannot be read ({type(error).__name__}: {str(error)[:200]})"
+    return BundleError(location=location, problem=problem, remedy="check the address and its permissions")
+
+
+def _open(location: str, name: str) -> AbstractContextManager[BinaryIO]:
+    if not _is_url(location):
+        return (Path(location) / name).open("rb")  # not through a URL: names may hold any character
+    opened: AbstractContextManager[BinaryIO] = fsspec.open(f"{location.rstrip('/')}/{name}", "rb")
+    return opened
 
 
 def _sha256(content: bytes) -> str:

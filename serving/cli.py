@@ -24,12 +24,16 @@ from rich.table import Table
 from serving import config as configuration
 from serving import demo, logs, pictures
 from serving.client import (
+    Decoded,
+    Encoded,
     EncodeOptions,
     Interpolation,
     Model,
     Observation,
     ObservationOptions,
     OutputType,
+    Sampled,
+    SampleOptions,
     VaeClient,
     VaeError,
 )
@@ -47,6 +51,7 @@ IMAGE_RANK: Final = 4
 """Dimensions of a row of images: (n, 1, height, width)."""
 
 T = TypeVar("T")
+OptionsT = TypeVar("OptionsT", EncodeOptions, ObservationOptions, SampleOptions)
 
 out = Console()
 err = Console(stderr=True)
@@ -74,9 +79,8 @@ def up(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Dotted override, key=value.")] = None,
 ) -> None:
     """Start the service and keep it up until it is interrupted; then drain."""
-    settings = _settings(config, overrides, bundle=bundle, engine=engine, device=device)
-    gateway = {"host": host, "port": port, "metrics_port": metrics_port}
-    settings = settings.override(f"gateway.{key}={value}" for key, value in gateway.items() if value is not None)
+    gateway = _given(host=host, port=port, metrics_port=metrics_port)
+    settings = _settings(config, overrides, bundle=bundle, engine=engine, device=device, gateway=gateway)
     logs.configure()
     if settings.engine == "in-process":
         asyncio.run(_up_in_process(settings))
@@ -129,11 +133,15 @@ def encode(
     timeout: Timeout = 10.0,
 ) -> None:
     """Encode rows of data (n, *data_shape): uint8 in 255ths, or floats in [0, 1]."""
-    options: EncodeOptions = {"num_latents": num_latents}
-    if seed is not None:
-        options["seed"] = seed
+    _check_out(out_file, ".npz")
+    rows = _load(data)
     with VaeClient(target, timeout_s=timeout) as client:
-        parts = _in_parts(client, _load(data), lambda rows: client.encode(rows, **options))
+
+        def call(part: NDArray[Any], first_row: int, part_seed: int | None) -> Encoded:
+            options: EncodeOptions = {"num_latents": num_latents, "first_row": first_row}
+            return client.encode(part, **_seeded(options, part_seed))
+
+        parts = _in_parts(client, rows, call, seed)
     arrays = {"mean": _join(parts, "mean"), "log_var": _join(parts, "log_var")}
     if num_latents:
         arrays["latents"] = _join(parts, "latents")
@@ -151,9 +159,15 @@ def decode(
     timeout: Timeout = 10.0,
 ) -> None:
     """Decode rows of latents (n, latent_dim)."""
-    options = _options(observation, output_type, seed)
+    _check_out(out_file, ".npy", ".npz", ".png")
+    rows = _load(latents)
     with VaeClient(target, timeout_s=timeout) as client:
-        parts = _in_parts(client, _load(latents), lambda rows: client.decode(rows, **options))
+
+        def call(part: NDArray[Any], first_row: int, part_seed: int | None) -> Decoded:
+            options = _options(observation, output_type, first_row)
+            return client.decode(part, **_seeded(options, part_seed))
+
+        parts = _in_parts(client, rows, call, seed)
     facts = {"model_version": parts[0].model_version, "seed": parts[0].seed}
     _deliver({"reconstruction": _join(parts, "reconstruction")}, out_file, facts)
 
@@ -169,9 +183,15 @@ def reconstruct(
     timeout: Timeout = 10.0,
 ) -> None:
     """Encode rows of data and decode the means of their posteriors."""
-    options = _options(observation, output_type, seed)
+    _check_out(out_file, ".npy", ".npz", ".png")
+    rows = _load(data)
     with VaeClient(target, timeout_s=timeout) as client:
-        parts = _in_parts(client, _load(data), lambda rows: client.reconstruct(rows, **options))
+
+        def call(part: NDArray[Any], first_row: int, part_seed: int | None) -> Decoded:
+            options = _options(observation, output_type, first_row)
+            return client.reconstruct(part, **_seeded(options, part_seed))
+
+        parts = _in_parts(client, rows, call, seed)
     facts = {"model_version": parts[0].model_version, "seed": parts[0].seed}
     _deliver({"reconstruction": _join(parts, "reconstruction")}, out_file, facts)
 
@@ -188,16 +208,22 @@ def sample(
     timeout: Timeout = 10.0,
 ) -> None:
     """Draw new data from the prior."""
-    options = _options(observation, output_type, seed)
+    _check_out(out_file, ".npy", ".npz", ".png")
     with VaeClient(target, timeout_s=timeout) as client:
+
+        def call(first_row: int, num_rows: int, part_seed: int | None) -> Sampled:
+            options: SampleOptions = {
+                "observation": observation,
+                "output_type": output_type,
+                "first_row": first_row,
+                "temperature": temperature,
+            }
+            return client.sample(num_rows, **_seeded(options, part_seed))
+
         limit = int(client.get_model().limits["max_rows"])
-        first = client.sample(min(num, limit), temperature=temperature, **options)
-        options["seed"] = first.seed
-        more = [
-            client.sample(min(limit, num - start), first_row=start, temperature=temperature, **options)
-            for start in _progress(range(limit, num, limit), "sampling")
-        ]
-    parts = [first, *more]
+        first = call(0, min(num, limit), seed)
+        later = _progress(range(limit, num, limit), "sampling")
+        parts = [first, *(call(start, min(limit, num - start), first.seed) for start in later)]
     facts = {"model_version": first.model_version, "seed": first.seed}
     _deliver({"samples": _join(parts, "samples")}, out_file, facts)
 
@@ -213,6 +239,7 @@ def interpolate(
     timeout: Timeout = 10.0,
 ) -> None:
     """Decode points between consecutive rows."""
+    _check_out(out_file, ".npy", ".npz", ".png")
     rows = _load(ends)
     with VaeClient(target, timeout_s=timeout) as client:
         result = client.interpolate(rows[:-1], rows[1:], num_steps, kind=kind, interpolation=path)
@@ -273,33 +300,57 @@ def _tell(line: str) -> None:
 
 
 def _settings(path: Path | None, overrides: list[str] | None, **values: object) -> ServingConfig:
-    if path is None and values.get("bundle") is None:
+    """Return the configuration: defaults, below the file, below the options, below --set."""
+    settings = configuration.load(path).merge(_given(**values)).override(overrides or [])
+    if not settings.bundle:
         raise ConfigError("no bundle: give --bundle DIR, the folder that vae-train export wrote")
-    return configuration.load(path, **values).override(overrides or [])
+    return settings
+
+
+def _given(**values: object) -> dict[str, object]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _load(path: Path) -> NDArray[Any]:
     """Return the rows of a .npy file; pickled objects are refused."""
     try:
-        array: NDArray[Any] = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            array: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a readable .npy file of numbers ({error})") from None
+        raise ConfigError(f"{path}: not a readable .npy file of numbers ({str(error)[:200]})") from None
+    if array.dtype.kind not in "fiub":
+        raise ConfigError(f"{path}: holds {array.dtype}, not numbers")
     if array.ndim == 0 or not len(array):
         raise ConfigError(f"{path}: holds no rows")
     return array
 
 
-def _options(observation: Observation, output_type: OutputType, seed: int | None) -> ObservationOptions:
-    options: ObservationOptions = {"observation": observation, "output_type": output_type}
+def _options(observation: Observation, output_type: OutputType, first_row: int) -> ObservationOptions:
+    return {"observation": observation, "output_type": output_type, "first_row": first_row}
+
+
+def _seeded(options: OptionsT, seed: int | None) -> OptionsT:
     if seed is not None:
         options["seed"] = seed
     return options
 
 
-def _in_parts(client: VaeClient, rows: NDArray[Any], call: Callable[[NDArray[Any]], T]) -> list[T]:
-    """Call with as many rows as one call may have, until all are done."""
-    limit = int(client.get_model().limits["max_rows"])
-    return [call(rows[start : start + limit]) for start in _progress(range(0, len(rows), limit), "calling")]
+def _in_parts(
+    client: VaeClient, rows: NDArray[Any], call: Callable[[NDArray[Any], int, int | None], T], seed: int | None
+) -> list[T]:
+    """Call with as many rows as one call may have, until all are done.
+
+    Parts draw what one call would: `call` is given its rows, the number of the first, and the seed of the first
+    part.
+    """
+    limits = client.get_model().limits
+    row_bytes = rows[:1].size * (1 if rows.dtype == np.uint8 else 4)
+    limit = max(1, min(int(limits["max_rows"]), int(limits["max_request_bytes"]) // row_bytes))
+    parts: list[T] = []
+    for start in _progress(range(0, len(rows), limit), "calling"):
+        parts.append(call(rows[start : start + limit], start, seed))
+        seed = getattr(parts[0], "seed", None)
+    return parts
 
 
 def _progress(steps: range, label: str) -> Iterable[int]:
@@ -324,19 +375,28 @@ def _deliver(arrays: dict[str, NDArray[Any]], path: Path | None, facts: Mapping[
     print(json.dumps(summary))  # noqa: T201 - the product of the command
 
 
+def _check_out(path: Path | None, *suffixes: str) -> None:
+    """Refuse a file that could not be written, before the work is done."""
+    if path is None:
+        return
+    if path.suffix not in suffixes:
+        raise ConfigError(f"--out {path}: this command writes {' or '.join(suffixes)}")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--out {path}: there is no folder {path.parent}")
+
+
 def _write(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     first = next(iter(arrays.values()))
     if path.suffix == ".npz":
         np.savez(path, **arrays)  # type: ignore[arg-type]  # the stub takes a keyword of savez for an array
-    elif path.suffix == ".npy" and len(arrays) == 1:
+    elif path.suffix == ".npy":
         np.save(path, first)
-    elif path.suffix == ".png" and len(arrays) == 1 and pictures.are_images(first.shape[-3:]):
+    elif pictures.are_images(first.shape[-3:]):
         images = first.reshape(-1, *first.shape[-3:])
         per_row = first.shape[1] if first.ndim > IMAGE_RANK else math.ceil(math.sqrt(len(images)))
         pictures.save_grid(path, [("", images[i : i + per_row]) for i in range(0, len(images), per_row)])
     else:
-        suffixes = ".npz" if len(arrays) > 1 else ".npy, .npz, or .png for grey images"
-        raise ConfigError(f"--out {path}: this command writes {suffixes}")
+        raise ConfigError(f"--out {path}: rows of shape {first.shape[1:]} are no grey images; write .npy")
 
 
 def _facts(model: Model) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Generic, Literal, NamedTuple, Self, TypedDict, TypeVar, Unpack
 
@@ -77,6 +78,11 @@ class VaeError(Exception):
         super().__init__(f"{code.name}: {message}")
         self.code, self.message, self.reason, self.field = code, message, reason, field
         self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild from the arguments: errors cross processes, and pickle alone would drop keywords."""
+        named: dict[str, Any] = {"reason": self.reason, "field": self.field, "retry_after_s": self.retry_after_s}
+        return partial(type(self), self.code, self.message, **named), ()
 
 
 class InvalidArgument(VaeError, ValueError):
@@ -179,6 +185,9 @@ class EncodeOptions(CallOptions, total=False):
     seed: int
     """Seed of the draws, in [0, 2^64); chosen by the service by default."""
 
+    first_row: int
+    """Number of the first row in the seed's endless sequence; 0 by default."""
+
     output_type: Literal["float32", "float16"]
     """Type of the answer; float32 by default."""
 
@@ -192,15 +201,15 @@ class ObservationOptions(CallOptions, total=False):
     seed: int
     """Seed of the draw, in [0, 2^64); chosen by the service by default."""
 
+    first_row: int
+    """Number of the first row in the seed's endless sequence; 0 by default."""
+
     output_type: OutputType
     """Type of the answer; float32 by default."""
 
 
 class SampleOptions(ObservationOptions, total=False):
     """What `sample` takes."""
-
-    first_row: int
-    """Number of the first row in the seed's endless sequence; 0 by default."""
 
     temperature: float
     """Standard deviation of the latents, in [0, 10]; 1 by default."""
@@ -385,39 +394,45 @@ class _Plan(NamedTuple, Generic[T]):
 
 
 def _get_model(options: CallOptions) -> _Plan[Model]:
+    _check_names(options, CallOptions)
     return _Plan("GetModel", pb.GetModelRequest(), options, _read_model)
 
 
 def _encode(data: ArrayLike, options: EncodeOptions) -> _Plan[Encoded]:
+    _check_names(options, EncodeOptions)
     request = pb.EncodeRequest(
         data=_input(data),
         num_latents=_unsigned("num_latents", options.get("num_latents", 0), bits=32),
         seed=_seed(options),
-        output_type=_TYPES[options.get("output_type", "float32")],
+        first_row=_unsigned("first_row", options.get("first_row", 0), bits=64),
+        output_type=_word(_TYPES, "output_type", options.get("output_type", "float32")),
         model_version=options.get("model_version", ""),
     )
     return _Plan("Encode", request, options, _read_encoded)
 
 
 def _decode(latents: ArrayLike, options: ObservationOptions) -> _Plan[Decoded]:
+    _check_names(options, ObservationOptions)
     request = pb.DecodeRequest(
         latents=_input(latents),
-        observation=_OBSERVATIONS[options.get("observation", "mean")],
+        observation=_word(_OBSERVATIONS, "observation", options.get("observation", "mean")),
         seed=_seed(options),
-        output_type=_TYPES[options.get("output_type", "float32")],
+        first_row=_unsigned("first_row", options.get("first_row", 0), bits=64),
+        output_type=_word(_TYPES, "output_type", options.get("output_type", "float32")),
         model_version=options.get("model_version", ""),
     )
     return _Plan("Decode", request, options, _read_decoded)
 
 
 def _sample(num_samples: int, options: SampleOptions) -> _Plan[Sampled]:
+    _check_names(options, SampleOptions)
     request = pb.SampleRequest(
         num_samples=_unsigned("num_samples", num_samples, bits=32),
         seed=_seed(options),
         first_row=_unsigned("first_row", options.get("first_row", 0), bits=64),
         temperature=options.get("temperature", 1.0),
-        observation=_OBSERVATIONS[options.get("observation", "mean")],
-        output_type=_TYPES[options.get("output_type", "float32")],
+        observation=_word(_OBSERVATIONS, "observation", options.get("observation", "mean")),
+        output_type=_word(_TYPES, "output_type", options.get("output_type", "float32")),
         include_latents=options.get("include_latents", False),
         model_version=options.get("model_version", ""),
     )
@@ -425,11 +440,13 @@ def _sample(num_samples: int, options: SampleOptions) -> _Plan[Sampled]:
 
 
 def _reconstruct(data: ArrayLike, options: ObservationOptions) -> _Plan[Decoded]:
+    _check_names(options, ObservationOptions)
     request = pb.ReconstructRequest(
         data=_input(data),
-        observation=_OBSERVATIONS[options.get("observation", "mean")],
+        observation=_word(_OBSERVATIONS, "observation", options.get("observation", "mean")),
         seed=_seed(options),
-        output_type=_TYPES[options.get("output_type", "float32")],
+        first_row=_unsigned("first_row", options.get("first_row", 0), bits=64),
+        output_type=_word(_TYPES, "output_type", options.get("output_type", "float32")),
         model_version=options.get("model_version", ""),
     )
     return _Plan("Reconstruct", request, options, _read_decoded)
@@ -438,14 +455,15 @@ def _reconstruct(data: ArrayLike, options: ObservationOptions) -> _Plan[Decoded]
 def _interpolate(
     start: ArrayLike, end: ArrayLike, num_steps: int, options: InterpolateOptions
 ) -> _Plan[Interpolated]:
+    _check_names(options, InterpolateOptions)
     ends = pb.Endpoints(start=_input(start), end=_input(end))
-    are_data = options.get("kind", "data") == "data"
+    are_data = _word({"data": True, "latents": False}, "kind", options.get("kind", "data"))
     request = pb.InterpolateRequest(
         data=ends if are_data else None,
         latents=None if are_data else ends,
         num_steps=_unsigned("num_steps", num_steps, bits=32),
-        interpolation=_PATHS[options.get("interpolation", "linear")],
-        output_type=_TYPES[options.get("output_type", "float32")],
+        interpolation=_word(_PATHS, "interpolation", options.get("interpolation", "linear")),
+        output_type=_word(_TYPES, "output_type", options.get("output_type", "float32")),
         include_latents=options.get("include_latents", False),
         model_version=options.get("model_version", ""),
     )
@@ -523,6 +541,29 @@ def _output(tensor: pb.Tensor) -> Array:
     return from_message(tensor, field="response", accept=_ALL)
 
 
+def _check_names(options: CallOptions, known: type[CallOptions]) -> None:
+    """Refuse an option that is not one: at run time a misspelt one would be ignored.
+
+    Raises:
+        TypeError: Names it and those that are.
+    """
+    names = set(known.__annotations__)  # those it inherits too
+    if unknown := sorted(options.keys() - names):
+        raise TypeError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(names))}")
+
+
+def _word(words: Mapping[str, T], field: str, word: str) -> T:
+    """Return what a word means."""
+    if word not in words:
+        raise _out_of_range(field, f"one of {', '.join(words)}", repr(word))
+    return words[word]
+
+
+def _out_of_range(field: str, expected: str, actual: str) -> InvalidArgument:
+    message = f"{field}: expected {expected}, got {actual}"
+    return InvalidArgument(grpc.StatusCode.INVALID_ARGUMENT, message, reason="OUT_OF_RANGE", field=field)
+
+
 def _seed(options: EncodeOptions | ObservationOptions) -> int | None:
     seed = options.get("seed")
     return None if seed is None else _unsigned("seed", seed, bits=64)
@@ -531,8 +572,7 @@ def _seed(options: EncodeOptions | ObservationOptions) -> int | None:
 def _unsigned(field: str, value: int, *, bits: int) -> int:
     """Return a number that the message can hold; the service checks its own, narrower range."""
     if not 0 <= value < 2**bits:
-        message = f"{field}: expected a number in [0, 2^{bits}), got {value}"
-        raise InvalidArgument(grpc.StatusCode.INVALID_ARGUMENT, message, reason="OUT_OF_RANGE", field=field)
+        raise _out_of_range(field, f"a number in [0, 2^{bits})", str(value))
     return value
 
 
@@ -541,9 +581,13 @@ def _error(error: grpc.RpcError) -> VaeError:
     metadata: Any = error.trailing_metadata() or ()  # pairs, though the stubs disagree between the two clients
     trailers = {key: value for key, value in metadata if isinstance(value, str)}
     pushback_ms = trailers.get("grpc-retry-pushback-ms")
-    return _ERRORS.get(error.code(), VaeError)(
+    message = error.details() or "no answer"
+    # The one RESOURCE_EXHAUSTED that no waiting cures comes from gRPC itself.
+    is_too_large = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message
+    kind = InvalidArgument if is_too_large else _ERRORS.get(error.code(), VaeError)
+    return kind(
         error.code(),
-        error.details() or "no answer",
+        message,
         reason=trailers.get("vae-error-reason", ""),
         field=trailers.get("vae-error-field", ""),
         retry_after_s=int(pushback_ms) / 1000 if pushback_ms else None,

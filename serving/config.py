@@ -114,8 +114,8 @@ class ReplicasConfig(Config):
 class ServingConfig(Config):
     """The whole service."""
 
-    bundle: str
-    """Folder or URL of the bundle."""
+    bundle: str = ""
+    """Folder or URL of the bundle. Must be given, here or on the command line."""
 
     engine: Literal["ray", "in-process"] = "ray"
     """Who runs the graphs: Ray Serve deployments, or ONNX Runtime in the gateway's process."""
@@ -157,7 +157,7 @@ def load(path: Path | None, **values: object) -> ServingConfig:
     if path is not None:
         try:
             tree = yaml.safe_load(path.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"configuration file {path}: {error}") from None
         if not isinstance(tree, dict):
             raise ConfigError(f"configuration file {path}: expected keys and values")

@@ -36,7 +36,8 @@ class ServingError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Rebuild from keyword arguments: errors cross processes, and pickle alone drops keywords."""
-        return partial(type(self), **vars(self)), ()
+        arguments = {name: value for name, value in vars(self).items() if name != "__notes__"}
+        return partial(type(self), **arguments), ()
 
 
 class InvalidRequest(ServingError):

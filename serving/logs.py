@@ -44,11 +44,10 @@ class JsonFormatter(logging.Formatter):
 class TextFormatter(logging.Formatter):
     """Writes a record with its extras as key=value."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Return one line, and the stack of an exception below it."""
-        line = super().format(record)
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        """Return the event's line; the stack of an exception follows below it."""
         extras = " ".join(f"{key}={value!r}" for key, value in _extras(record).items())
-        return f"{line} {extras}" if extras else line
+        return f"{super().formatMessage(record)} {extras}".rstrip()
 
 
 def _extras(record: logging.LogRecord) -> dict[str, object]:

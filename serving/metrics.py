@@ -1,7 +1,8 @@
 """Every metric of the service. Labels come from closed sets only: method, code, graph."""
 
 import logging
-from typing import Final
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
 from prometheus_client import Counter, Gauge, Histogram, Info, start_http_server
 
@@ -26,11 +27,24 @@ QUEUE_ROWS: Final = Gauge("vae_queue_rows", "Rows that wait or run.", ["graph"])
 MODEL: Final = Info("vae_model", "The loaded model.")
 
 
-def expose(host: str, port: int) -> int | None:
-    """Serve the metrics over HTTP and return the port; None if the bind fails, which stops nothing."""
+class Endpoint(NamedTuple):
+    """The metrics over HTTP."""
+
+    port: int
+    close: Callable[[], None]
+
+
+def expose(host: str, port: int) -> Endpoint | None:
+    """Serve the metrics over HTTP; return None if the bind fails, which stops nothing."""
     try:
-        server, _thread = start_http_server(port, addr=host)
+        server, thread = start_http_server(port, addr=host.strip("[]"))
     except OSError as error:
         logger.warning("metrics are not exposed", extra={"port": port, "reason": error.strerror})
         return None
-    return int(server.server_port)
+
+    def close() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return Endpoint(server.server_port, close)

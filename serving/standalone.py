@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from serving import bundle
 from serving.config import ServingConfig
 from serving.engine.in_process import InProcessEngine
+from serving.errors import ServiceFailed
 from serving.gateway.server import GatewayServer
 
 
@@ -14,13 +15,18 @@ async def in_process(config: ServingConfig) -> AsyncIterator[GatewayServer]:
     """Run the service in this process; yield its server once it is healthy; then drain.
 
     Raises:
-        StartupError: If the bundle does not verify, the device cannot be used or the port is taken.
+        StartupError: If the bundle does not verify, the device cannot be used, the port is taken, or the graphs
+            do not answer in time.
     """
     verified = bundle.read(config.bundle)
     server = GatewayServer(InProcessEngine(verified, config), verified.manifest, config)
     try:
         await server.start()
-        await server.health.wait_until_ready(config.start_timeout_s)
+        try:
+            await server.health.wait_until_ready(config.start_timeout_s)
+        except TimeoutError:
+            reason = f"the service was not healthy in {config.start_timeout_s:g} s"
+            raise ServiceFailed(reason=reason) from None
         yield server
     finally:
         await server.drain()

@@ -3,6 +3,7 @@
 Shared with training, so that both command lines treat `a.b=value` alike.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Self, TypeVar
 
@@ -33,6 +34,14 @@ class Config(BaseModel):
         except ValidationError as error:
             raise ConfigError(_explain(error)) from None
 
+    def merge(self, values: Mapping[str, Any]) -> Self:
+        """Return a copy with a tree of values laid over it.
+
+        Raises:
+            ConfigError: If a key is unknown or a value is refused.
+        """
+        return type(self).parse(_merged(self.model_dump(), values))
+
     def override(self, assignments: Iterable[str]) -> Self:
         """Return a copy with dotted assignments such as `batching.max_batch_rows=64` applied.
 
@@ -50,6 +59,11 @@ class Config(BaseModel):
         return type(self).parse(values)
 
 
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(below[key], above[key]) for key in above if isinstance(below.get(key), Mapping)}
+    return {**below, **above, **both}
+
+
 def _assign(values: dict[str, Any], path: str, value: object) -> None:
     *parents, leaf = path.split(".")
     node: Any = values
@@ -62,11 +76,12 @@ def _assign(values: dict[str, Any], path: str, value: object) -> None:
 
 
 def _number_or_yaml(text: str) -> object:
+    if "e" in text.lower():  # YAML 1.1 reads 1e-3 as text
+        with contextlib.suppress(ValueError):
+            return float(text)
     try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)  # YAML 1.1 reads 1e-3 as text
-    except ValueError:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that is none
         raise ConfigError(f"override value {text!r} is not valid YAML") from None
 
 

@@ -56,9 +56,12 @@ class Health:
         """Whether the task that asks still runs."""
         return self._task is not None and not self._task.done()
 
-    async def start(self) -> None:
-        """Say NOT_SERVING, and begin to ask."""
+    async def prepare(self) -> None:
+        """Say NOT_SERVING. To be awaited before the first call can come: the servicer's default is SERVING."""
         await self._say(is_ready=False)
+
+    async def start(self) -> None:
+        """Begin to ask."""
         self._task = asyncio.get_running_loop().create_task(self._watch())
 
     async def wait_until_ready(self, timeout_s: float) -> None:

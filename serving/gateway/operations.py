@@ -93,9 +93,10 @@ class Operations:
         on_batch: Callable[[str, BatchReport], None] = lambda _graph, _report: None,
     ) -> None:
         self.manifest, self._engine, self._limits = manifest, engine, config.limits
-        row_bytes = 4 * max(manifest.data_size, manifest.latent_dim)
+        # The largest answers in float32: an observation with its latents; mean, log_var and one draw.
+        row_bytes = 4 * max(manifest.data_size + manifest.latent_dim, 3 * manifest.latent_dim)
         self.max_rows = max(1, min(config.limits.max_rows, config.limits.max_response_bytes // row_bytes))
-        """Most rows of one call: the limit, or as many as an answer in float32 can carry."""
+        """Most rows of one call: the limit, or as many as the largest answer can carry."""
         num_slots = config.batching.max_in_flight or engine.num_slots
         self.encoder = RowBatcher(
             self._run_encoder,
@@ -127,6 +128,15 @@ class Operations:
         if asked and asked != self.manifest.version:
             raise UnknownModelVersion(asked=asked, loaded=self.manifest.version)
 
+    def check_first_row(self, first_row: int) -> None:
+        """Refuse a row number so large that the rows after it would have none.
+
+        Raises:
+            OutOfRange: If it is above 2^63.
+        """
+        if first_row > MAX_FIRST_ROW:
+            raise OutOfRange("first_row", expected="a number in [0, 2^63]", actual=str(first_row))
+
     async def encode(self, data: Rows, *, expires_at: float, field: str = "data") -> Posterior:
         """Return the posteriors of data.
 
@@ -151,15 +161,18 @@ class Operations:
         limit = self._limits.max_latents_per_row
         if num_latents > limit:
             raise OutOfRange("num_latents", expected=f"a number in [0, {limit}]", actual=str(num_latents))
-        self._check_rows("num_latents", num_rows * max(1, num_latents))
+        if num_latents:
+            self._check_rows("num_latents", num_rows * num_latents)
 
-    def draw_latents(self, posterior: Posterior, num_latents: int, seed: int) -> Float32:
+    def draw_latents(self, posterior: Posterior, num_latents: int, seed: int, *, first_row: int = 0) -> Float32:
         """Return draws z = mean + exp(log_var / 2) * noise, shape (n, num_latents, latent_dim).
 
         Fewer draws with the same seed are the first of more draws.
         """
         num_rows, dim = posterior.mean.shape
-        standard = noise.normal(seed, num_rows, num_latents * dim, stream=noise.Stream.POSTERIOR)
+        standard = noise.normal(
+            seed, num_rows, num_latents * dim, first_row=first_row, stream=noise.Stream.POSTERIOR
+        )
         scale = np.exp(np.float32(0.5) * posterior.log_var)[:, None]
         latents: Float32 = posterior.mean[:, None] + scale * standard.reshape(num_rows, num_latents, dim)
         return latents
@@ -215,8 +228,7 @@ class Operations:
         if not 0 <= temperature <= MAX_TEMPERATURE:  # also refuses NaN
             expected = f"a number in [0, {MAX_TEMPERATURE:g}]"
             raise OutOfRange("temperature", expected=expected, actual=f"{temperature:g}")
-        if first_row > MAX_FIRST_ROW:
-            raise OutOfRange("first_row", expected="a number in [0, 2^63]", actual=str(first_row))
+        self.check_first_row(first_row)
         draw = PriorDraw(seed, first_row, num_samples, temperature, self.manifest.latent_dim)
         (mean,) = await self.decoder.submit(draw, expires_at=expires_at)
         observations = self.observe(mean, seed, first_row=first_row) if observe else mean
@@ -260,11 +272,9 @@ class Operations:
             raise OutOfRange("num_steps", expected="at least 2", actual=str(num_steps))
         self._check_rows("num_steps", num_steps * len(start))
         if kind == "data":
-            posteriors = await asyncio.gather(
-                self.encode(start, expires_at=expires_at, field="data.start"),
-                self.encode(end, expires_at=expires_at, field="data.end"),
-            )
-            start, end = posteriors[0].mean, posteriors[1].mean
+            pixels = np.concatenate([self._check_data(start, "data.start"), self._check_data(end, "data.end")])
+            mean, _ = await self.encoder.submit(pixels, expires_at=expires_at)
+            start, end = np.split(mean, 2)
         else:
             self._check_latents(start, "latents.start")
             self._check_latents(end, "latents.end")

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 import time
 from typing import Final
 
@@ -50,13 +51,18 @@ class GatewayServer:
         self._server = grpc.aio.server(options=_options(config.limits))
         self._is_draining = False
         self.port = 0
-        self.metrics_port: int | None = None
+        self._metrics: metrics.Endpoint | None = None
         _observe_gateway(self._traffic, self.operations, manifest)
 
     @property
     def is_draining(self) -> bool:
         """Whether the drain has begun."""
         return self._is_draining
+
+    @property
+    def metrics_port(self) -> int | None:
+        """Port of the Prometheus endpoint, where there is one."""
+        return self._metrics.port if self._metrics else None
 
     async def start(self) -> None:
         """Bind, serve, and begin to ask the engine for its health.
@@ -79,11 +85,12 @@ class GatewayServer:
                 (vae_service.NAME, health_name, reflection.SERVICE_NAME), self._server
             )
         self.port = _bind(self._server, gateway)
+        await self.health.prepare()
         await self._server.start()
-        await self.health.start()
         if gateway.metrics_port is not None:
-            self.metrics_port = metrics.expose(gateway.host, gateway.metrics_port)
+            self._metrics = metrics.expose(gateway.host, gateway.metrics_port)
         logger.info("gateway listens", extra={"host": gateway.host, "port": self.port})
+        await self.health.start()
 
     async def drain(self) -> None:
         """Say NOT_SERVING, keep serving until quiet, then stop. Idempotent.
@@ -103,6 +110,8 @@ class GatewayServer:
         await asyncio.sleep(0)  # aborted coroutines finish in the next turn (grpc issue 37239)
         await self.operations.close()
         await self._engine.close()
+        if self._metrics is not None:
+            self._metrics.close()
         logger.info("gateway stopped", extra={"drain_seconds": round(time.monotonic() - began, 3)})
 
     def _is_quiet(self, since: float) -> bool:
@@ -113,7 +122,23 @@ class GatewayServer:
         self._service.providers = providers
 
 
+def check_port(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened on, before gRPC prints what it thinks of it.
+
+    Raises:
+        PortTaken: If it is in use, or not of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), port))
+        except OSError:
+            raise PortTaken(address=f"{host}:{port}") from None
+
+
 def _bind(server: grpc.aio.Server, gateway: GatewayConfig) -> int:
+    check_port(gateway.host, gateway.port)
     address = f"{gateway.host}:{gateway.port}"
     try:
         port = server.add_insecure_port(address)

@@ -50,6 +50,7 @@ class VaeService:
         check_type(request.output_type, field="output_type", accept=_FLOATS)
         data = from_message(request.data, field="data")
         self._operations.check_num_latents(len(data), request.num_latents)
+        self._operations.check_first_row(request.first_row)
         posterior = await self._operations.encode(data, expires_at=expires_at)
         response = pb.EncodeResponse(
             mean=_message(posterior.mean, request.output_type),
@@ -58,7 +59,9 @@ class VaeService:
         )
         if request.num_latents:
             seed = _seed(request)
-            latents = self._operations.draw_latents(posterior, request.num_latents, seed)
+            latents = self._operations.draw_latents(
+                posterior, request.num_latents, seed, first_row=request.first_row
+            )
             response.latents.CopyFrom(_message(latents, request.output_type))
             response.seed = seed
         return response
@@ -67,12 +70,13 @@ class VaeService:
         """Return means of p(x | z), or draws from it."""
         self._operations.check_version(request.model_version)
         observes = _observes(request)
+        self._operations.check_first_row(request.first_row)
         latents = from_message(request.latents, field="latents")
         mean = await self._operations.decode(latents, expires_at=expires_at)
         response = pb.DecodeResponse(model_version=self._version)
         if observes:
             response.seed = _seed(request)
-            mean = self._operations.observe(mean, response.seed)
+            mean = self._operations.observe(mean, response.seed, first_row=request.first_row)
         response.reconstruction.CopyFrom(_message(mean, request.output_type))
         return response
 
@@ -99,12 +103,13 @@ class VaeService:
         """Return the decoded posterior means of data."""
         self._operations.check_version(request.model_version)
         observes = _observes(request)
+        self._operations.check_first_row(request.first_row)
         data = from_message(request.data, field="data")
         mean = await self._operations.reconstruct(data, expires_at=expires_at)
         response = pb.ReconstructResponse(model_version=self._version)
         if observes:
             response.seed = _seed(request)
-            mean = self._operations.observe(mean, response.seed)
+            mean = self._operations.observe(mean, response.seed, first_row=request.first_row)
         response.reconstruction.CopyFrom(_message(mean, request.output_type))
         return response
 

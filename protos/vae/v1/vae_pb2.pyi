@@ -205,6 +205,7 @@ class EncodeRequest(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     OUTPUT_TYPE_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    FIRST_ROW_FIELD_NUMBER: _builtins.int
     num_latents: _builtins.int
     """Latents to draw from each row's posterior, in [0, max_latents_per_row]. None are drawn by default."""
     seed: _builtins.int
@@ -213,6 +214,10 @@ class EncodeRequest(_message.Message):
     """Type of `mean`, `log_var` and `latents`: FLOAT32 (default) or FLOAT16."""
     model_version: _builtins.str
     """Version the model must have, as in GetModelResponse. Any version serves if empty; NOT_FOUND otherwise."""
+    first_row: _builtins.int
+    """Number of the first row in the seed's endless sequence of noise, so that rows split over several calls draw
+    what one call would draw. Zero by default.
+    """
     @_builtins.property
     def data(self) -> Global___Tensor:
         """Rows of data, shape (rows, *data_shape), float32 in [0, 1] or uint8 in 255ths. Required."""
@@ -225,10 +230,11 @@ class EncodeRequest(_message.Message):
         seed: _builtins.int | None = ...,
         output_type: Global___DataType.ValueType = ...,
         model_version: _builtins.str = ...,
+        first_row: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "data", b"data", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "data", b"data", "model_version", b"model_version", "num_latents", b"num_latents", "output_type", b"output_type", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "data", b"data", "first_row", b"first_row", "model_version", b"model_version", "num_latents", b"num_latents", "output_type", b"output_type", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -293,6 +299,7 @@ class DecodeRequest(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     OUTPUT_TYPE_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    FIRST_ROW_FIELD_NUMBER: _builtins.int
     observation: Global___Observation.ValueType
     """What to return of p(x | z). The mean by default."""
     seed: _builtins.int
@@ -301,6 +308,10 @@ class DecodeRequest(_message.Message):
     """Type of `reconstruction`: FLOAT32 (default) in [0, 1], FLOAT16 in [0, 1], or UINT8 in 255ths."""
     model_version: _builtins.str
     """Version the model must have, as in GetModelResponse. Any version serves if empty; NOT_FOUND otherwise."""
+    first_row: _builtins.int
+    """Number of the first row in the seed's endless sequence of noise, so that rows split over several calls draw
+    what one call would draw. Zero by default.
+    """
     @_builtins.property
     def latents(self) -> Global___Tensor:
         """Rows of latents, shape (rows, latent_dim), float32. Required."""
@@ -313,10 +324,11 @@ class DecodeRequest(_message.Message):
         seed: _builtins.int | None = ...,
         output_type: Global___DataType.ValueType = ...,
         model_version: _builtins.str = ...,
+        first_row: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "latents", b"latents", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "latents", b"latents", "model_version", b"model_version", "observation", b"observation", "output_type", b"output_type", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "first_row", b"first_row", "latents", b"latents", "model_version", b"model_version", "observation", b"observation", "output_type", b"output_type", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -466,6 +478,7 @@ class ReconstructRequest(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     OUTPUT_TYPE_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    FIRST_ROW_FIELD_NUMBER: _builtins.int
     observation: Global___Observation.ValueType
     """What to return of p(x | z). The mean by default."""
     seed: _builtins.int
@@ -474,6 +487,10 @@ class ReconstructRequest(_message.Message):
     """Type of `reconstruction`: FLOAT32 (default) in [0, 1], FLOAT16 in [0, 1], or UINT8 in 255ths."""
     model_version: _builtins.str
     """Version the model must have, as in GetModelResponse. Any version serves if empty; NOT_FOUND otherwise."""
+    first_row: _builtins.int
+    """Number of the first row in the seed's endless sequence of noise, so that rows split over several calls draw
+    what one call would draw. Zero by default.
+    """
     @_builtins.property
     def data(self) -> Global___Tensor:
         """Rows of data, shape (rows, *data_shape), float32 in [0, 1] or uint8 in 255ths. Required."""
@@ -486,10 +503,11 @@ class ReconstructRequest(_message.Message):
         seed: _builtins.int | None = ...,
         output_type: Global___DataType.ValueType = ...,
         model_version: _builtins.str = ...,
+        first_row: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "data", b"data", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "data", b"data", "model_version", b"model_version", "observation", b"observation", "output_type", b"output_type", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "data", b"data", "first_row", b"first_row", "model_version", b"model_version", "observation", b"observation", "output_type", b"output_type", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015

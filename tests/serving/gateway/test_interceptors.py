@@ -1,0 +1,212 @@
+"""What surrounds a call: malformed bytes, surprises, ids, deadlines and callers who go away."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from prometheus_client import REGISTRY
+
+from protos.vae.v1 import vae_pb2 as pb
+from serving.bundle import Bundle
+from serving.gateway.server import GatewayServer
+from serving.tensors import to_message
+from tests.serving.harness import (
+    SERVICE,
+    PuppetEngine,
+    call,
+    eventually,
+    failure,
+    serving_with,
+    settings,
+    trailers,
+    wire,
+)
+
+METHODS = ("Encode", "Decode", "Sample", "Reconstruct", "Interpolate", "GetModel")
+TEXT = "/secret/path of a BadClass"
+
+
+@pytest.fixture
+def engine(small: Bundle) -> PuppetEngine:
+    """Return an engine that obeys."""
+    return PuppetEngine(small.manifest)
+
+
+@pytest.fixture
+async def held(bundle_dir: Path, small: Bundle, engine: PuppetEngine) -> AsyncIterator[GatewayServer]:
+    """Run a gateway in front of the engine that obeys, with short deadlines."""
+    config = settings(bundle_dir, "limits.default_deadline_s=0.2", "limits.max_deadline_s=0.4")
+    async with serving_with(engine, small.manifest, config) as server:
+        yield server
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "body",
+    [b"\xff", b"\x0a\xff\xff\xff\xff\x0f", b"\x08", b"\x0a\x02\x08", b"\x00" * 20, b"\x0b" * 200, b"hello"],
+    ids=["tag", "length", "no value", "inside", "field zero", "deep groups", "text"],
+)
+async def test_bytes_that_do_not_parse_are_bad_input(service: GatewayServer, method: str, body: bytes) -> None:
+    """Malformed bytes end as INVALID_ARGUMENT with a fixed text, never as UNKNOWN with a parser's."""
+    async with wire(service.port) as channel:
+        try:
+            await call(channel, method, body)
+        except grpc.aio.AioRpcError as error:
+            if trailers(error)["vae-error-reason"] != "MALFORMED_MESSAGE":
+                assert error.code() is grpc.StatusCode.INVALID_ARGUMENT  # noqa: PT017 - it parsed, as something else
+                return
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT  # noqa: PT017 - the call may also succeed
+            assert error.details() == (  # noqa: PT017 - as above
+                f"request: expected a {method}Request message, got bytes that do not parse"
+            )
+        else:
+            assert method == "GetModel"  # unknown fields are skipped, and this request has no other
+
+
+async def test_an_unknown_method_is_unimplemented(service: GatewayServer) -> None:
+    """A method that does not exist is UNIMPLEMENTED."""
+    async with wire(service.port) as channel:
+        unary: Any = channel.unary_unary(f"/{SERVICE}/Train")
+        with pytest.raises(grpc.aio.AioRpcError, match="UNIMPLEMENTED"):
+            await unary(b"", timeout=5)
+
+
+@pytest.mark.parametrize("error", [RuntimeError(TEXT), KeyError(TEXT), TypeError(TEXT), OSError(TEXT)])
+async def test_a_surprise_shows_an_id_and_nothing_else(
+    held: GatewayServer, engine: PuppetEngine, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The caller reads an id; path, class, text and stack are in the log, under the same id."""
+    engine.error = error
+    async with wire(held.port) as channel:
+        ended = await failure(channel, "Sample", pb.SampleRequest(num_samples=1))
+    assert ended.code() is grpc.StatusCode.INTERNAL
+    sent = f"{ended.details()} {ended.trailing_metadata()}"
+    for word in ("secret", "BadClass", "Traceback", type(error).__name__, ".py", "/"):
+        assert word not in sent.replace("type.googleapis.com/google", "")
+    assert trailers(ended)["vae-error-reason"] == "INTERNAL"
+    (record,) = [record for record in caplog.records if record.message == "call failed"]
+    assert record.levelno == logging.ERROR
+    assert vars(record)["error_id"] in str(ended.details())
+    assert vars(record)["method"] == "Sample"
+    assert record.exc_info is not None
+
+
+@pytest.mark.parametrize("given", ["abc", "A-1_b.c", "x" * 64])
+async def test_a_good_request_id_is_the_callers(held: GatewayServer, engine: PuppetEngine, given: str) -> None:
+    """A well-formed id of the caller is the one that it is told."""
+    engine.error = RuntimeError("surprise")
+    async with wire(held.port) as channel:
+        ended = await failure(
+            channel, "Sample", pb.SampleRequest(num_samples=1), metadata=(("x-request-id", given),)
+        )
+    assert ended.details() == f"internal error {given}; tell the operator this id"
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x" * 65, "<script>", "../../etc", "${jndi}", "a;b"])
+async def test_a_bad_request_id_is_replaced(held: GatewayServer, engine: PuppetEngine, given: str) -> None:
+    """An id that could forge a log line or a page is not repeated."""
+    engine.error = RuntimeError("surprise")
+    async with wire(held.port) as channel:
+        ended = await failure(
+            channel, "Sample", pb.SampleRequest(num_samples=1), metadata=(("x-request-id", given),)
+        )
+    text = str(ended.details())
+    assert text != f"internal error {given}; tell the operator this id"
+    assert len(text.split()[2]) == 17  # sixteen digits of ours and the semicolon
+
+
+async def test_a_call_without_a_deadline_gets_the_default(held: GatewayServer, engine: PuppetEngine) -> None:
+    """Nobody waits for ever: a call that brings no deadline ends after the default one."""
+    engine.is_open.clear()
+    started = time.monotonic()
+    async with wire(held.port) as channel:
+        pending = failure(channel, "Sample", pb.SampleRequest(num_samples=1), timeout=None)
+        ended = await asyncio.wait_for(pending, 5)
+    assert ended.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert trailers(ended)["vae-error-reason"] == "DEADLINE_EXCEEDED"
+    assert 0.15 < time.monotonic() - started < 0.38
+    await eventually(lambda: held.operations.decoder.num_rows == 0)
+
+
+async def test_a_long_deadline_is_cut(held: GatewayServer, engine: PuppetEngine) -> None:
+    """A caller who would wait a minute is told after the longest time that the service allows."""
+    engine.is_open.clear()
+    started = time.monotonic()
+    async with wire(held.port) as channel:
+        pending = failure(channel, "Sample", pb.SampleRequest(num_samples=1), timeout=60)
+        ended = await asyncio.wait_for(pending, 5)
+    assert ended.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert 0.35 < time.monotonic() - started < 2
+
+
+async def test_a_short_deadline_is_kept(held: GatewayServer, engine: PuppetEngine) -> None:
+    """A caller's own deadline ends the call, and its rows leave the queue."""
+    engine.is_open.clear()
+    started = time.monotonic()
+    async with wire(held.port) as channel:
+        ended = await failure(channel, "Sample", pb.SampleRequest(num_samples=1), timeout=0.05)
+    assert ended.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert time.monotonic() - started < 0.19
+    await eventually(lambda: held.operations.decoder.num_rows == 0)
+
+
+async def test_a_caller_who_goes_away_leaves_no_rows(held: GatewayServer, engine: PuppetEngine) -> None:
+    """Cancelled calls leave the queue at once, those that wait as well as those that run."""
+    engine.is_open.clear()
+    data = to_message(np.zeros((4, 1, 4, 4), np.uint8))
+    async with wire(held.port) as channel:
+        tasks = [asyncio.ensure_future(call(channel, "Encode", pb.EncodeRequest(data=data))) for _ in range(5)]
+        await eventually(lambda: held.operations.encoder.num_rows == 20)
+        for task in tasks:
+            task.cancel()
+        await eventually(lambda: held.operations.encoder.num_rows == 0)
+        engine.is_open.set()
+        await eventually(lambda: engine.num_running == 0)
+        await eventually(lambda: held.operations.encoder.num_in_flight == 0)
+        assert len((await call(channel, "Encode", pb.EncodeRequest(data=data))).mean.data) == 4 * 2 * 4
+
+
+def _calls(method: str, code: str) -> float:
+    return REGISTRY.get_sample_value("vae_calls_total", {"method": method, "code": code}) or 0.0
+
+
+async def test_each_call_is_counted_under_its_end(held: GatewayServer, engine: PuppetEngine) -> None:
+    """Calls are counted by method and code: success, bad input, surprise, deadline and a caller who leaves."""
+    codes = ("OK", "INVALID_ARGUMENT", "INTERNAL", "DEADLINE_EXCEEDED", "CANCELLED")
+    before = {code: _calls("Sample", code) for code in codes}
+    async with wire(held.port) as channel:
+        await call(channel, "Sample", pb.SampleRequest(num_samples=1))
+        await failure(channel, "Sample", pb.SampleRequest())
+        engine.error = RuntimeError("surprise")
+        await failure(channel, "Sample", pb.SampleRequest(num_samples=1))
+        engine.error = None
+        engine.is_open.clear()
+        await failure(channel, "Sample", pb.SampleRequest(num_samples=1), timeout=0.05)
+        task = asyncio.ensure_future(call(channel, "Sample", pb.SampleRequest(num_samples=1), timeout=0.35))
+        await eventually(lambda: held.operations.decoder.num_rows == 1)
+        task.cancel()
+        await eventually(lambda: REGISTRY.get_sample_value("vae_calls_in_flight") == 0)
+    assert {code: _calls("Sample", code) - before[code] for code in codes} == dict.fromkeys(codes, 1.0)
+
+
+async def test_the_retry_policy_reaches_a_service_that_recovers(bundle_dir: Path, small: Bundle) -> None:
+    """UNAVAILABLE is repeated by a client that uses the recommended service configuration."""
+    from serving.client import SERVICE_CONFIG  # noqa: PLC0415 - the configuration of one test
+    from serving.errors import EngineUnavailable  # noqa: PLC0415 - the error of one test
+
+    engine = PuppetEngine(small.manifest)
+    engine.error = EngineUnavailable(graph="decoder", detail="lost")
+    async with serving_with(engine, small.manifest, settings(bundle_dir)) as server:
+        options = [("grpc.service_config", json.dumps(SERVICE_CONFIG))]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", options) as channel:
+            pending = asyncio.ensure_future(call(channel, "Sample", pb.SampleRequest(num_samples=1)))
+            await asyncio.sleep(0.05)
+            engine.error = None
+            assert (await pending).seed >= 0

@@ -1,0 +1,176 @@
+"""A graph runs where it was asked to, gives its known answers, and treats each row alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+
+from serving import bundle
+from serving.bundle import Bundle, Manifest
+from serving.errors import BundleError, ProviderUnavailable
+from serving.runtime import Graph, GraphRuntime
+
+GRAPHS: tuple[Graph, ...] = ("encoder", "decoder")
+OUTPUTS = {"encoder": ("mean", "log_var"), "decoder": ("logits", "mean")}
+
+
+def _load(small: Bundle, graph: Graph) -> GraphRuntime:
+    return GraphRuntime(small, graph, device="cpu", threads=1)
+
+
+def _rows(graph: Graph, num_rows: int, seed: int) -> NDArray[np.float32]:
+    random = np.random.default_rng(seed)
+    if graph == "encoder":
+        return random.integers(0, 256, (num_rows, 1, 4, 4)).astype(np.float32)
+    return random.standard_normal((num_rows, 2)).astype(np.float32)
+
+
+def _changed(small: Bundle, **values: Any) -> Bundle:  # noqa: ANN401 - values of a manifest
+    return small._replace(manifest=Manifest.parse(small.manifest.model_dump() | values))
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_loading_reports_what_was_chosen(small: Bundle, graph: Graph) -> None:
+    """The report names version, provider and threads, and the time it took."""
+    report = _load(small, graph).report
+    assert report[:3] == (small.manifest.version, "CPUExecutionProvider", 1)
+    assert 0 < report.load_s < 30
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_a_row_does_not_depend_on_its_batch(small: Bundle, graph: Graph, seed: int) -> None:
+    """Bit for bit, each row of a batch of 1 to 64 is the row run alone."""
+    runtime, rows = _load(small, graph), _rows(graph, 64, seed)
+    alone = [runtime.run(rows[i : i + 1], OUTPUTS[graph]) for i in range(64)]
+    for num_rows in range(1, 65):
+        for index, output in enumerate(runtime.run(rows[:num_rows], OUTPUTS[graph])):
+            assert output.tobytes() == b"".join(alone[i][index].tobytes() for i in range(num_rows))
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e38])
+def test_a_bad_row_does_not_touch_its_neighbours(small: Bundle, graph: Graph, bad: float, seed: int) -> None:
+    """Bit for bit, honest rows are the same beside a row of NaN, infinities or huge numbers."""
+    runtime, rows = _load(small, graph), _rows(graph, 32, seed)
+    clean = runtime.run(rows, OUTPUTS[graph])
+    spoiled = rows.copy()
+    spoiled[7] = bad
+    for before, after in zip(clean, runtime.run(spoiled, OUTPUTS[graph]), strict=True):
+        assert np.delete(before, 7, axis=0).tobytes() == np.delete(after, 7, axis=0).tobytes()
+
+
+def test_bytes_and_floats_of_the_same_pixels_give_the_same_bits(small: Bundle, seed: int) -> None:
+    """Rows of uint8 are widened exactly."""
+    runtime = _load(small, "encoder")
+    pixels = _rows("encoder", 16, seed)
+    for left, right in zip(
+        runtime.run(pixels.astype(np.uint8), OUTPUTS["encoder"]),
+        runtime.run(pixels, OUTPUTS["encoder"]),
+        strict=True,
+    ):
+        assert left.tobytes() == right.tobytes()
+
+
+def test_only_the_outputs_asked_for_are_returned(small: Bundle, seed: int) -> None:
+    """Outputs come in the order in which they are asked for."""
+    runtime, rows = _load(small, "encoder"), _rows("encoder", 3, seed)
+    log_var, mean = runtime.run(rows, ("log_var", "mean"))
+    assert runtime.run(rows, ("mean",))[0].tobytes() == mean.tobytes()
+    assert mean.tobytes() != log_var.tobytes()
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_cuda_without_a_gpu_is_refused(small: Bundle, graph: Graph) -> None:
+    """ONNX Runtime alone would fall back in silence; we say what is missing and the way out."""
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        try:
+            import torch  # noqa: PLC0415 - only to ask whether there is a GPU
+
+            if torch.cuda.is_available():
+                pytest.skip("this machine has a GPU")
+        except ImportError:
+            pass
+    with pytest.raises(ProviderUnavailable, match=r"^CUDAExecutionProvider was asked for .*--device cpu"):
+        GraphRuntime(small, graph, device="cuda", threads=1)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("key", ["first", "total"])
+def test_a_wrong_known_answer_is_refused(small: Bundle, graph: Graph, key: str) -> None:
+    """A graph that does not give what it gave at export does not serve."""
+    golden = [answer.model_dump() for answer in small.manifest.golden]
+    for answer in golden:
+        if answer["graph"] == graph:
+            answer[key] = answer[key] + 1.0 if key == "total" else (answer[key][0] + 0.1, *answer[key][1:])
+    with pytest.raises(BundleError, match=rf"the {graph}'s \w+ is not its known answer here; export it again"):
+        _load(_changed(small, golden=golden), graph)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda golden: golden[1:],
+        lambda golden: [*golden, golden[0]],
+        lambda _golden: [],
+        lambda golden: [{**golden[0], "output": "median"}, *golden[1:]],
+        lambda golden: [{**golden[0], "first": (float("nan"), *golden[0]["first"][1:])}, *golden[1:]],
+        lambda golden: [{**golden[0], "first": golden[0]["first"][:3]}, *golden[1:]],
+        lambda golden: [{**golden[0], "first": ()}, *golden[1:]],
+    ],
+    ids=["one missing", "one twice", "none", "other output", "nan", "too short", "empty"],
+)
+def test_known_answers_that_are_not_complete_are_refused(
+    small: Bundle, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+) -> None:
+    """Each output of a graph has exactly one known answer of full length."""
+    golden = change([answer.model_dump() for answer in small.manifest.golden])
+    with pytest.raises(BundleError, match="known answer"):
+        _load(_changed(small, golden=golden), "encoder")
+
+
+@pytest.mark.parametrize("garbage", [b"not a graph", b"\x00" * 100, b"\x08\x0a"])
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_a_graph_that_does_not_load_is_refused(small: Bundle, graph: Graph, garbage: bytes) -> None:
+    """Bytes with the right digest that are no graph are a BundleError."""
+    broken = small._replace(encoder=garbage) if graph == "encoder" else small._replace(decoder=garbage)
+    with pytest.raises(BundleError, match=rf"ONNX Runtime cannot load the {graph}"):
+        _load(broken, graph)
+
+
+@pytest.mark.parametrize(
+    ("graph", "values"),
+    [
+        ("encoder", {"data_shape": (1, 5, 5)}),
+        ("encoder", {"data_shape": (16,)}),
+        ("decoder", {"latent_dim": 3}),
+    ],
+)
+def test_a_manifest_that_does_not_fit_its_graph_is_refused(
+    small: Bundle, graph: Graph, values: dict[str, Any]
+) -> None:
+    """Shapes that the graph does not take are a BundleError at start, not an INTERNAL at the first call."""
+    with pytest.raises(BundleError, match="export it again"):
+        _load(_changed(small, **values), graph)
+
+
+@pytest.mark.parametrize("key", ["inputs", "outputs"])
+def test_names_that_the_graph_does_not_have_are_refused(small: Bundle, key: str) -> None:
+    """A manifest that names other inputs or outputs than the graph is a BundleError."""
+    encoder = small.manifest.encoder.model_dump() | {key: ("image", "picture")}
+    golden = [
+        answer.model_dump() | ({"output": name} if key == "outputs" else {})
+        for answer, name in zip(small.manifest.golden, ("image", "picture", "logits", "mean"), strict=True)
+    ]
+    with pytest.raises(BundleError, match="export it again"):
+        _load(_changed(small, encoder=encoder, golden=golden), "encoder")
+
+
+def test_golden_rows_are_pixels() -> None:
+    """The golden data are whole pixel values from 0 to 255, and never change."""
+    data = bundle.golden_data((1, 4, 4))
+    assert data.shape == (bundle.GOLDEN_ROWS, 1, 4, 4)
+    assert ((data >= 0) & (data <= 255) & (data == np.floor(data))).all()
+    assert data.tobytes() == bundle.golden_data((1, 4, 4)).tobytes()
