@@ -328,12 +328,9 @@ def _read(location: str, name: str, limit_bytes: int) -> bytes:
             content: bytes = file.read(limit_bytes + 1)
     except FileNotFoundError as error:
         cause = error.__cause__
-        if (
-            cause
-            and not isinstance(cause, FileNotFoundError)
-            and getattr(cause, "status", 0) != HTTPStatus.NOT_FOUND
-        ):
-            raise _unreadable(location, name, cause) from None  # fsspec says so of a server that is away, too
+        is_absent = isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) == HTTPStatus.NOT_FOUND
+        if cause and not is_absent:  # fsspec says "not found" of a server that is away, too
+            raise _unreadable(location, name, cause) from None
         problem = f"there is no {name}"
         raise BundleError(
             location=location, problem=problem, remedy="give the folder that vae-train export wrote"

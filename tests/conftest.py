@@ -1,6 +1,8 @@
 """A small bundle, a service on it in this process, and a client: shared by all tests of serving."""
 
-from collections.abc import AsyncIterator
+import logging
+import os
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,19 @@ from serving.gateway.server import GatewayServer
 from serving.standalone import in_process
 from tests.bundles import small_bundle
 from tests.serving.harness import settings
+
+# Small nets gain nothing from a second thread, and lose much where other programs use the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """Put the log of the package back as it was: the command line sends it to a stream that a test then closes."""
+    logger = logging.getLogger("serving")
+    before = logger.handlers, logger.propagate, logger.level
+    yield
+    logger.handlers, logger.propagate = before[0], before[1]
+    logger.setLevel(before[2])
 
 
 @pytest.fixture

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 Proceed = Callable[["Call"], Awaitable[bytes]]
 
+_CLOCK_SLACK_S: Final = 0.02
+"""A caller whose deadline passes may cancel some milliseconds before our clock agrees."""
+
 REQUEST_ID_KEY: Final = "x-request-id"
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -86,7 +89,7 @@ class Observe:
             return await proceed(call)
         except asyncio.CancelledError:
             # gRPC cancels a handler when the caller gives up or its deadline passes.
-            is_late = time.monotonic() >= call.expires_at
+            is_late = time.monotonic() >= call.expires_at - _CLOCK_SLACK_S
             call.code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
             raise
         finally:

@@ -3,7 +3,6 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,13 +12,9 @@ NASTY = ["two\nlines", "\x1b[31mred\x1b[0m", "tab\t", "\u202egnp.exe", "\x00", '
 
 
 @pytest.fixture
-def root() -> Iterator[logging.Logger]:
-    """Return the logger of the package; put it back as it was."""
-    logger = logging.getLogger("serving")
-    before = logger.handlers, logger.propagate, logger.level
-    yield logger
-    logger.handlers, logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
+def root() -> logging.Logger:
+    """Return the logger of the package."""
+    return logging.getLogger("serving")
 
 
 def _record(message: str = "event", *, level: int = logging.INFO, **extra: object) -> logging.LogRecord:

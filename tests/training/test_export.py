@@ -111,7 +111,7 @@ def test_folder_of_somebody_else_is_not_replaced(
 ) -> None:
     """Only a bundle is replaced by a bundle."""
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(BundleError, match="the folder exists and is not a bundle"):
+    with pytest.raises(BundleError, match="it exists and is not a bundle"):
         export(smoke_run.folder, digits, evaluation, tmp_path)
     assert (tmp_path / "thesis.txt").exists()
 
