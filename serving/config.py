@@ -15,8 +15,9 @@ MIB = 2**20
 class BatchingConfig(Config):
     """How rows of concurrent requests become runs of a graph."""
 
-    max_batch_rows: int = Field(default=128, ge=1, le=65_536)
-    """Most rows in one run of a graph."""
+    max_batch_rows: int = Field(default=512, ge=1, le=65_536)
+    """Most rows in one run of a graph. With 128 calls of 64 rows in flight, 512 gave 1.14 (in-process) and 1.55
+    (Ray) times the Encode throughput of 128."""
 
     max_in_flight: int | None = Field(default=None, ge=1, le=64)
     """Runs in flight while rows gather; by default what the engine can overlap. A full batch goes out beyond it,
