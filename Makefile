@@ -41,7 +41,7 @@ test: $(STAMP) ## pass the whole test suite
 demo: $(STAMP) ## train, export, serve on a local Ray, call every method, write pictures
 	$(BIN)/vae-train fit digits --threads 1 --output-dir $(DEMO)/run  # small nets: a second thread gains nothing
 	$(BIN)/vae-train export $(DEMO)/run $(DEMO)/bundle
-	$(BIN)/vae-train data digits --split test --out $(DEMO)/test.npy
+	$(BIN)/vae-train data digits --split test --out $(DEMO)/test.npy > /dev/null
 	$(BIN)/vae-serve demo --bundle $(DEMO)/bundle --data $(DEMO)/test.npy --out $(DEMO)
 
 $(DEMO)/bundle/manifest.json:

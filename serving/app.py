@@ -26,6 +26,8 @@ from serving.errors import ProviderUnavailable, ServiceFailed
 from serving.gateway.server import check_port
 from serving.replicas import Gateway, GraphReplica
 
+logger = logging.getLogger(__name__)
+
 APPLICATION: Final = "vae"
 _SHUTDOWN_SLACK_S: Final = 10.0
 _CALL_TIMEOUT_S: Final = 30.0
@@ -151,10 +153,16 @@ def _deployed(config: ServingConfig, stop: threading.Event) -> Iterator[None]:
         yield
     finally:
         if handles.done() and not handles.exception():
-            # While the graphs still run: calls made after the deletion has begun would hang.
-            timeout_s = config.gateway.drain_timeout_s + _SHUTDOWN_SLACK_S
-            handles.result().drain.remote().result(timeout_s=timeout_s)
+            _drain(handles.result(), config.gateway.drain_timeout_s + _SHUTDOWN_SLACK_S)
         serve.delete(APPLICATION)
+
+
+def _drain(gateway: DeploymentHandle[Any], timeout_s: float) -> None:
+    """Drain while the graphs still run: calls made after the deletion has begun would hang."""
+    try:
+        gateway.drain.remote().result(timeout_s=timeout_s)
+    except Exception as error:  # noqa: BLE001 - a gateway that is lost cannot drain; the rest must still be stopped
+        logger.warning("the gateway did not drain", extra={"reason": type(error).__name__})
 
 
 def _deploy(application: serve.Application, handles: "Future[DeploymentHandle[Any]]") -> None:

@@ -101,9 +101,7 @@ def check(
 
     settings = _settings(config, overrides, bundle=bundle)
     verified = bundles.read(settings.bundle)
-    reports = [
-        GraphRuntime(verified, graph, device=settings.device, threads=1).report for graph in ("encoder", "decoder")
-    ]
+    graphs = [GraphRuntime(verified, graph, device=settings.device, threads=1) for graph in ("encoder", "decoder")]
     manifest = verified.manifest
     facts = {
         "name": manifest.name,
@@ -111,7 +109,8 @@ def check(
         "data_shape": list(manifest.data_shape),
         "latent_dim": manifest.latent_dim,
         "dataset": manifest.dataset.name,
-        "providers": [report.provider for report in reports],
+        "providers": [graph.report.provider for graph in graphs],
+        "is_batch_independent": all(graph.is_batch_independent() for graph in graphs),
     }
     _print(facts, as_json=as_json, title="bundle verified")
 

@@ -54,6 +54,7 @@ class GraphRuntime:
         file = manifest.encoder if graph == "encoder" else manifest.decoder
         self._input, self._outputs = file.inputs[0], file.outputs
         golden = golden_data(manifest.data_shape) if graph == "encoder" else golden_latents(manifest.latent_dim)
+        self._golden = golden
         self._verify(golden, [answer for answer in manifest.golden if answer.graph == graph], manifest.name)
         for rows in _WARM_UP_ROWS:
             self.run(np.repeat(golden[:1], rows, axis=0), self._outputs)
@@ -78,6 +79,18 @@ class GraphRuntime:
             outputs, {self._input: np.ascontiguousarray(rows, np.float32)}
         )
         return result
+
+    def is_batch_independent(self) -> bool:
+        """Return whether each golden row gives the same bits alone and in a batch.
+
+        The service promises it; per-tensor quantisation, for one, breaks it.
+        """
+        together = self.run(self._golden, self._outputs)
+        alone = [self.run(row[None], self._outputs) for row in self._golden]
+        return all(
+            np.array_equal(values, np.concatenate([outputs[index] for outputs in alone]))
+            for index, values in enumerate(together)
+        )
 
     def _verify(self, golden: Rows, answers: Sequence[KnownAnswer], name: str) -> None:
         names = [answer.output for answer in answers]

@@ -174,3 +174,12 @@ def test_golden_rows_are_pixels() -> None:
     assert data.shape == (bundle.GOLDEN_ROWS, 1, 4, 4)
     assert ((data >= 0) & (data <= 255) & (data == np.floor(data))).all()
     assert data.tobytes() == bundle.golden_data((1, 4, 4)).tobytes()
+
+
+def test_batch_independence_is_seen_and_its_lack_too(small: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that depend on their neighbours, as per-tensor quantisation makes them, are found."""
+    runtime = GraphRuntime(small, "decoder", device="cpu", threads=1)
+    assert runtime.is_batch_independent()
+    honest = runtime.run
+    monkeypatch.setattr(runtime, "run", lambda rows, names: [v + v.max() for v in honest(rows, names)])
+    assert not runtime.is_batch_independent()
