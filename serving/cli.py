@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -288,8 +289,9 @@ async def _up_in_process(settings: ServingConfig) -> None:
 def _welcome(settings: ServingConfig, port: int) -> None:
     target = f"{settings.gateway.host}:{port}"
     _tell(f"SERVING at {target} ({settings.engine} engine); Ctrl-C drains and stops")
-    _tell(f"  try: vae-serve status --target {target}")
-    _tell(f"  try: vae-serve sample --num 32 --seed 1 --out samples.png --target {target}")
+    program = sys.argv[0] if Path(sys.argv[0]).name == "vae-serve" else "vae-serve"  # as it was called
+    _tell(f"  try: {program} status --target {target}")
+    _tell(f"  try: {program} sample --num 32 --seed 1 --out samples.png --target {target}")
 
 
 def _tell(line: str) -> None:

@@ -13,7 +13,6 @@ BIN = Path(sys.executable).parent
 WITHOUT_OWN_TEST = {
     "serving/__main__.py": "see tests/serving/test_cli.py",
     "serving/demo.py": "see tests/end_to_end",
-    "serving/ray_environment.py": "see tests/end_to_end",
     "serving/replicas.py": "see tests/end_to_end",
     "serving/scaling.py": "see tests/serving/test_app.py",
     "serving/standalone.py": "see tests/end_to_end; every test of the gateway runs it",
