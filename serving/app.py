@@ -17,6 +17,8 @@ ray_environment.prepare()  # Ray reads its environment when it is imported
 
 import ray
 from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 APPLICATION: Final = "vae"
 _SHUTDOWN_SLACK_S: Final = 10.0
-_CALL_TIMEOUT_S: Final = 30.0
+_CALL_TIMEOUT_S: Final = 2.0
 _POLL_S: Final = 0.1
 _OBJECT_STORE_BYTES: Final = 100 * 2**20
 """Of a local cluster: calls go by value, the store stays empty."""
@@ -94,6 +96,10 @@ def on_ray(
     """
     # Checked here first: a one-line error instead of a deployment that fails three times.
     manifest = bundle.read(config.bundle).manifest
+    if config.gateway.port == 0:
+        raise ServiceFailed(
+            reason="gateway.port: 0 lets the system choose, which only the in-process engine can tell"
+        )
     check_port(config.gateway.host, config.gateway.port)
     tell(f"bundle verified: {manifest.name} {manifest.version}")
     is_local = "RAY_ADDRESS" not in os.environ
@@ -120,7 +126,11 @@ def _connect(config: ServingConfig, *, is_local: bool) -> None:
         quiet["include_dashboard"] = False
         quiet["object_store_memory"] = _OBJECT_STORE_BYTES
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    ray.init(**quiet)
+    try:
+        ray.init(**quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = "a local Ray did not start" if is_local else f"no Ray cluster at {os.environ['RAY_ADDRESS']}"
+        raise ServiceFailed(reason=f"{where}: {str(error).strip().splitlines()[0][:200]}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts a handler of its own there, which ends the process
     num_gpus = sum(config.gpu_share(graph) for graph in ("encoder", "decoder"))
@@ -153,7 +163,8 @@ def _deployed(config: ServingConfig, stop: threading.Event) -> Iterator[None]:
         yield
     finally:
         if handles.done() and not handles.exception():
-            _drain(handles.result(), config.gateway.drain_timeout_s + _SHUTDOWN_SLACK_S)
+            gateway = config.gateway
+            _drain(handles.result(), gateway.drain_timeout_s + gateway.stop_grace_s + _SHUTDOWN_SLACK_S)
         serve.delete(APPLICATION)
 
 
@@ -177,7 +188,10 @@ def _is_ready(handles: "Future[DeploymentHandle[Any]]") -> bool:
         handle = handles.result()
     except Exception as error:
         raise ServiceFailed(reason=f"the deployments did not come up: {_last_line(error)}") from error
-    return bool(handle.is_ready.remote().result(timeout_s=_CALL_TIMEOUT_S))
+    try:
+        return bool(handle.is_ready.remote().result(timeout_s=_CALL_TIMEOUT_S))
+    except (TimeoutError, RayActorError, DeploymentUnavailableError):
+        return False  # asked again until the deadline, which reports the states
 
 
 def _deployment_states() -> str:

@@ -338,9 +338,13 @@ class RowBatcher:
             offset = end
 
     async def _recover(self, batch: Sequence[Slice], error: Exception) -> None:
-        """Repeat a failed batch request by request, so that one poisonous input hurts only itself."""
-        if len(batch) == 1:
-            batch[0].request.fail(error)
+        """Repeat a failed batch request by request, so that one poisonous input hurts only itself.
+
+        When the engine is not there, and its own attempts are spent, all hear so at once: it is not their input.
+        """
+        if len(batch) == 1 or isinstance(error, EngineUnavailable):
+            for part in batch:
+                part.request.fail(error)
             return
         logger.warning("a batch failed; its requests are run apart", extra={"graph": self._name})
         for part in batch:
@@ -349,6 +353,7 @@ class RowBatcher:
                     await self._run_and_deliver([part])
                 except Exception as own:  # noqa: BLE001 - as above
                     part.request.fail(own)
+                self._last_progress = self._clock()
 
     def _report(self, batch: Sequence[Slice], started: float) -> None:
         run_s = max(self._clock() - started, 1e-6)

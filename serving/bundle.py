@@ -102,7 +102,7 @@ class Manifest(Config):
     format_version: Literal[1] = FORMAT_VERSION
     """Version of this layout."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Name of the model."""
 
     version: str = Field(pattern=r"^[0-9a-f]{12}$")

@@ -38,7 +38,7 @@ from serving.client import (
     VaeClient,
     VaeError,
 )
-from serving.config import ServingConfig
+from serving.config import ServingConfig, address_of
 from serving.errors import StartupError
 from serving.typed_config import ConfigError
 
@@ -141,7 +141,7 @@ def encode(
             options: EncodeOptions = {"num_latents": num_latents, "first_row": first_row}
             return client.encode(part, **_seeded(options, part_seed))
 
-        parts = _in_parts(client, rows, call, seed)
+        parts = _in_parts(client, rows, call, seed, draws=max(1, num_latents))
     arrays = {"mean": _join(parts, "mean"), "log_var": _join(parts, "log_var")}
     if num_latents:
         arrays["latents"] = _join(parts, "latents")
@@ -241,6 +241,8 @@ def interpolate(
     """Decode points between consecutive rows."""
     _check_out(out_file, ".npy", ".npz", ".png")
     rows = _load(ends)
+    if len(rows) < 2:  # noqa: PLR2004 - a path has two ends
+        raise ConfigError(f"{ends}: a path needs two rows, this holds {len(rows)}")
     with VaeClient(target, timeout_s=timeout) as client:
         result = client.interpolate(rows[:-1], rows[1:], num_steps, kind=kind, interpolation=path)
     _deliver({"observations": result.observations}, out_file, {"model_version": result.model_version})
@@ -255,7 +257,10 @@ def show_demo(
 ) -> None:
     """Start the service, call every method, write pictures, stop what was started."""
     settings = ServingConfig.parse({"bundle": bundle, "engine": engine, "gateway": {"port": demo.free_port()}})
-    demo.run(settings, _load(data), out_dir, console=out)
+    rows = _load(data)
+    if len(rows) < demo.NUM_IMAGES:
+        raise ConfigError(f"{data}: the demo needs {demo.NUM_IMAGES} rows, this holds {len(rows)}")
+    demo.run(settings, rows, out_dir, console=out)
 
 
 def _up_on_ray(settings: ServingConfig) -> None:
@@ -287,7 +292,7 @@ async def _up_in_process(settings: ServingConfig) -> None:
 
 
 def _welcome(settings: ServingConfig, port: int) -> None:
-    target = f"{settings.gateway.host}:{port}"
+    target = address_of(settings.gateway.host, port)
     _tell(f"SERVING at {target} ({settings.engine} engine); Ctrl-C drains and stops")
     program = sys.argv[0] if Path(sys.argv[0]).name == "vae-serve" else "vae-serve"  # as it was called
     _tell(f"  try: {program} status --target {target}")
@@ -321,7 +326,7 @@ def _load(path: Path) -> NDArray[Any]:
         raise ConfigError(f"{path}: not a readable .npy file of numbers ({str(error)[:200]})") from None
     if array.dtype.kind not in "fiub":
         raise ConfigError(f"{path}: holds {array.dtype}, not numbers")
-    if array.ndim == 0 or not len(array):
+    if array.ndim == 0 or not array.size:
         raise ConfigError(f"{path}: holds no rows")
     return array
 
@@ -337,16 +342,21 @@ def _seeded(options: OptionsT, seed: int | None) -> OptionsT:
 
 
 def _in_parts(
-    client: VaeClient, rows: NDArray[Any], call: Callable[[NDArray[Any], int, int | None], T], seed: int | None
+    client: VaeClient,
+    rows: NDArray[Any],
+    call: Callable[[NDArray[Any], int, int | None], T],
+    seed: int | None,
+    *,
+    draws: int = 1,
 ) -> list[T]:
     """Call with as many rows as one call may have, until all are done.
 
     Parts draw what one call would: `call` is given its rows, the number of the first, and the seed of the first
-    part.
+    part. `draws` is how many rows of the limit one row takes.
     """
     limits = client.get_model().limits
     row_bytes = rows[:1].size * (1 if rows.dtype == np.uint8 else 4)
-    limit = max(1, min(int(limits["max_rows"]), int(limits["max_request_bytes"]) // row_bytes))
+    limit = max(1, min(int(limits["max_rows"]) // draws, int(limits["max_request_bytes"]) // row_bytes))
     parts: list[T] = []
     for start in _progress(range(0, len(rows), limit), "calling"):
         parts.append(call(rows[start : start + limit], start, seed))
@@ -424,10 +434,10 @@ def run() -> int:
         return EXIT_INTERRUPTED
     except typer.TyperException as error:  # unknown option, value that does not parse
         return _fail(error.format_message(), EXIT_WRONG)
-    except (ConfigError, StartupError) as error:
-        return _fail(str(error), EXIT_WRONG)
-    except VaeError as error:
+    except VaeError as error:  # before OSError, which a deadline is too
         return _fail(str(error), EXIT_CALL_FAILED)
+    except (ConfigError, StartupError, OSError) as error:  # OSError: a file that cannot be written, and its name
+        return _fail(str(error), EXIT_WRONG)
     return code if isinstance(code, int) else 0
 
 

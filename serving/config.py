@@ -10,6 +10,8 @@ from pydantic import Field
 from serving.typed_config import Config, ConfigError
 
 MIB = 2**20
+MAX_MESSAGE_BYTES = 2**31 - 1 - 64 * 1024
+"""What gRPC's limit, a 32-bit integer, can hold beside the overhead of a message."""
 
 
 class BatchingConfig(Config):
@@ -48,10 +50,10 @@ class LimitsConfig(Config):
     max_latents_per_row: int = Field(default=64, ge=1, le=4096)
     """Most latents that Encode draws from one posterior."""
 
-    max_request_bytes: int = Field(default=16 * MIB, ge=64 * 1024, le=2**31 - 1)
+    max_request_bytes: int = Field(default=16 * MIB, ge=64 * 1024, le=MAX_MESSAGE_BYTES)
     """Largest request message, bytes: 4,096 MNIST images as float32 are 12.8 MB."""
 
-    max_response_bytes: int = Field(default=64 * MIB, ge=64 * 1024, le=2**31 - 1)
+    max_response_bytes: int = Field(default=64 * MIB, ge=64 * 1024, le=MAX_MESSAGE_BYTES)
     """Largest answer, bytes. A bug fails instead of flooding."""
 
     default_deadline_s: float = Field(default=10.0, gt=0)
@@ -169,3 +171,8 @@ def load(path: Path | None, **values: object) -> ServingConfig:
 def session_threads(num_cpus: float) -> int:
     """Return the threads of a session: the replica's share, at most what the machine has."""
     return max(1, min(int(num_cpus), os.cpu_count() or 1))
+
+
+def address_of(host: str, port: int) -> str:
+    """Return host and port as one address; an IPv6 host is put in brackets."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"

@@ -16,7 +16,7 @@ def main() -> None:
     """
     try:
         app(prog_name="vae-train")
-    except (ConfigError, BundleError) as error:
+    except (ConfigError, BundleError, OSError) as error:  # OSError: a file that cannot be written, and its name
         _end(error, InvalidSetup.exit_code)
     except TrainingError as error:
         _end(error, error.exit_code)

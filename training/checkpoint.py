@@ -15,7 +15,7 @@ from torch import Tensor
 
 from serving.typed_config import ConfigError
 from training.config import TrainingConfig
-from training.errors import CheckpointDamaged, RunNotFound
+from training.errors import CheckpointDamaged, NotARun, RunNotFound
 from training.models.vae import VAE
 from training.noise import TrainingStream, generator
 
@@ -66,7 +66,14 @@ class RunFolder:
                 write_atomically(target, source.read_bytes())
 
     def clear(self) -> None:
-        """Remove what an earlier run left."""
+        """Remove what an earlier run left.
+
+        Raises:
+            NotARun: If the folder holds files and none says that they are of a run.
+        """
+        is_run = self.environment.exists() or self.last.exists()
+        if self.path.is_dir() and any(self.path.iterdir()) and not is_run:
+            raise NotARun(location=str(self.path))
         for file in (self.config, self.environment, self.metrics, self.last, self.best, self.evaluation):
             file.unlink(missing_ok=True)
 
@@ -95,6 +102,9 @@ class Checkpoint:
 
     sums: Tensor
     """Log-likelihood and KL summed over the steps since the last validation, shape (2,)."""
+
+    num_summed: int
+    """Steps in `sums`."""
 
     best_elbo: float
     """Highest validation ELBO so far, nats per row; minus infinity before the first."""

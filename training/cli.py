@@ -38,7 +38,7 @@ DataDirOption = Annotated[
     Path | None,
     typer.Option(
         help="Folder of the official IDX files (.gz or unpacked), or of a sub-folder named like the data set. "
-        "Absent files are downloaded into it. Default: the user's cache folder.",
+        "Absent files are downloaded into that sub-folder. Default: the user's cache folder.",
         show_default=False,
     ),
 ]
@@ -122,8 +122,8 @@ def fit_command(
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = choose_device(device)
+    dataset = _load(config.data, data_dir)  # first: nothing is removed for a run that cannot begin
     start = _starting_point(config, run, resume)
-    dataset = _load(config.data, data_dir)
     write_atomically(run.config, config.to_json().encode())
     write_atomically(run.environment, environment_json(seed=config.seed, device=chosen).encode())
     stop = StopRequest()
@@ -193,7 +193,9 @@ def sample_command(
     *,
     out: Annotated[Path, typer.Option(help="PNG file to write.")],
     num: Annotated[int, typer.Option(min=1, max=10_000, help="Number of samples.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Seed; the service's Sample decodes the same latents.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**64 - 1, help="Seed; the service's Sample decodes the same latents.")
+    ] = 0,
     temperature: Annotated[float, typer.Option(min=0.0, help="Factor on the latents.")] = 1.0,
 ) -> None:
     """Draw a grid of samples from the prior: decoded means of the best checkpoint's averaged weights."""

@@ -99,7 +99,7 @@ class EvaluationConfig(Config):
 class TrainingConfig(Config):
     """Everything that decides the result of a training run."""
 
-    name: str = Field(default="vae", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    name: str = Field(default="vae", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Name of the model; names the run folder and the bundle unless others are given."""
 
     seed: int = Field(default=0, ge=0, lt=2**64)

@@ -26,6 +26,9 @@ Progress = Callable[[str, int, int | None], None]
 
 _ATTEMPTS: Final = 3
 _PAUSE_S: Final = 0.5
+_MAX_BYTES: Final = 64 * 2**20
+"""Most bytes of one file: the digest is compared at the end, and the disk must not be full by then."""
+
 _TIMEOUT_S: Final = 30.0
 _CHUNK_BYTES: Final = 256 * 1024
 _PARTIAL_CONTENT: Final = 206
@@ -130,6 +133,8 @@ def _transfer(url: str, part: Path, progress: Progress) -> bool:
             total = have + int(length) if length is not None else None
             with part.open("ab" if resumed else "wb") as file:
                 while chunk := response.read(_CHUNK_BYTES):
+                    if have + len(chunk) > _MAX_BYTES:
+                        raise urllib.error.URLError(f"more than {_MAX_BYTES} bytes, no file here is that large")
                     file.write(chunk)
                     have += len(chunk)
                     progress(part.name.split(".gz")[0], have, total)

@@ -39,11 +39,19 @@ def environment_json(*, seed: int, device: torch.device) -> str:
 
 
 def git_commit() -> str | None:
-    """Return the commit of this source tree; None outside a repository or without git."""
+    """Return the commit of this source tree; None outside a repository, in somebody else's, or without git."""
+    here = Path(__file__)
     try:
+        subprocess.run(  # noqa: S603  # fixed words
+            ["git", "ls-files", "--error-unmatch", here.name],  # noqa: S607  # whichever git the user has
+            cwd=here.parent,
+            capture_output=True,
+            timeout=_GIT_TIMEOUT_S,
+            check=True,
+        )
         answer = subprocess.run(
             ["git", "rev-parse", "HEAD"],  # noqa: S607  # whichever git the user has
-            cwd=Path(__file__).parent,
+            cwd=here.parent,
             capture_output=True,
             text=True,
             timeout=_GIT_TIMEOUT_S,

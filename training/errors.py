@@ -8,6 +8,7 @@ TrainingError
 │   ├── DataCorrupt
 │   ├── DownloadFailed
 │   ├── RunNotFound
+│   ├── NotARun
 │   ├── CheckpointDamaged
 │   └── ResumeMismatch
 └── GateFailed (3)          the result is not what it must be; nothing was published
@@ -86,6 +87,14 @@ class RunNotFound(InvalidSetup):
     def __init__(self, *, location: str, missing: str) -> None:
         super().__init__(f"{location}: there is no {missing}; give the folder that vae-train fit wrote")
         self.location, self.missing = location, missing
+
+
+class NotARun(InvalidSetup):
+    """The folder that a run should be written to holds something else."""
+
+    def __init__(self, *, location: str) -> None:
+        super().__init__(f"{location} is not empty and not a run folder; name another with --output-dir")
+        self.location = location
 
 
 class CheckpointDamaged(InvalidSetup):

@@ -1,6 +1,7 @@
 """Run folder -> bundle: graphs, gates, known answers, figures, model card, pictures. All or nothing.
 
-Two exports of one run are byte-identical: nothing in a bundle depends on the time or the place of the export.
+Two exports of one run are byte-identical: nothing in a bundle depends on the time or the place of the
+export, only on the run, its recorded evaluation and the versions of the tools.
 """
 
 from pathlib import Path

@@ -198,12 +198,12 @@ class Trainer:
         self._optimizer.load_state_dict(saved.optimizer)
         self._step = saved.step
         self._sums = saved.sums.to(self._device)
-        self._first_step_of_sums = self._last_validated_step()
+        self._first_step_of_sums = saved.step - saved.num_summed
         self._best_elbo, self._validation_elbo = saved.best_elbo, saved.validation_elbo
         self._has_collapsed = saved.has_collapsed
         if self._run.metrics.exists():
             lines = self._run.metrics.read_text().splitlines(keepends=True)
-            kept = "".join(line for line in lines if json.loads(line)["step"] <= self._step)
+            kept = "".join(line for line in lines if _step_of(line) <= self._step)
             write_atomically(self._run.metrics, kept.encode())
 
     def run(self, should_stop: Callable[[], bool], listener: Callable[[Metrics], None]) -> FitResult:
@@ -219,6 +219,8 @@ class Trainer:
             if self._is_validation_due():
                 listener(self._validate(time.monotonic() - began))
             elif is_asked_to_stop:
+                if not bool(self._sums.isfinite().all()):
+                    raise Diverged(epoch=self._step // self._steps_per_epoch)
                 checkpoint.save(self._checkpoint(), self._run.last)
             if is_asked_to_stop:
                 break
@@ -317,10 +319,6 @@ class Trainer:
     def _generator(self, stream: TrainingStream) -> torch.Generator:
         return generator(self._config.seed, stream, self._step, device=self._device)
 
-    def _last_validated_step(self) -> int:
-        interval = self._config.optimizer.validation_interval_epochs * self._steps_per_epoch
-        return self._step // interval * interval
-
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(
             config=self._config,
@@ -329,11 +327,20 @@ class Trainer:
             averaged_weights=_on_cpu(self._averaged.state_dict()),
             optimizer=self._optimizer.state_dict(),
             sums=self._sums.cpu().clone(),
+            num_summed=self._step - self._first_step_of_sums,
             best_elbo=self._best_elbo,
             validation_elbo=self._validation_elbo,
             has_collapsed=self._has_collapsed,
             saved=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line of metrics; infinity for the half line that a crash may leave."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _on_cpu(weights: dict[str, Tensor]) -> dict[str, Tensor]:

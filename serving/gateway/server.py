@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from serving import metrics
 from serving.batching import BatchReport
 from serving.bundle import Manifest
-from serving.config import GatewayConfig, LimitsConfig, ServingConfig
+from serving.config import GatewayConfig, LimitsConfig, ServingConfig, address_of
 from serving.engine.protocol import Engine, Providers
 from serving.errors import PortTaken
 from serving.gateway import vae_service
@@ -49,7 +49,7 @@ class GatewayServer:
             on_ready=self._on_ready,
         )
         self._server = grpc.aio.server(options=_options(config.limits))
-        self._is_draining = False
+        self._drain_task: asyncio.Task[None] | None = None
         self.port = 0
         self._metrics: metrics.Endpoint | None = None
         _observe_gateway(self._traffic, self.operations, manifest)
@@ -57,7 +57,7 @@ class GatewayServer:
     @property
     def is_draining(self) -> bool:
         """Whether the drain has begun."""
-        return self._is_draining
+        return self._drain_task is not None
 
     @property
     def metrics_port(self) -> int | None:
@@ -93,13 +93,15 @@ class GatewayServer:
         await self.health.start()
 
     async def drain(self) -> None:
-        """Say NOT_SERVING, keep serving until quiet, then stop. Idempotent.
+        """Say NOT_SERVING, keep serving until quiet, then stop. Whoever calls again waits for the same drain.
 
         `grpc.aio.Server.stop` alone loses calls that the core has accepted and Python has not yet seen.
         """
-        if self._is_draining:
-            return
-        self._is_draining = True
+        if self._drain_task is None:
+            self._drain_task = asyncio.get_running_loop().create_task(self._drain())
+        await asyncio.shield(self._drain_task)
+
+    async def _drain(self) -> None:
         gateway = self._config.gateway
         logger.info("gateway drains")
         await self.health.enter_drain()
@@ -134,12 +136,12 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host.strip("[]"), port))
         except OSError:
-            raise PortTaken(address=f"{host}:{port}") from None
+            raise PortTaken(address=address_of(host, port)) from None
 
 
 def _bind(server: grpc.aio.Server, gateway: GatewayConfig) -> int:
     check_port(gateway.host, gateway.port)
-    address = f"{gateway.host}:{gateway.port}"
+    address = address_of(gateway.host, gateway.port)
     try:
         port = server.add_insecure_port(address)
     except RuntimeError:

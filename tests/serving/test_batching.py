@@ -694,3 +694,20 @@ async def test_whatever_happens_each_row_is_right_or_a_clear_error(  # noqa: C90
     assert (batcher.num_rows, batcher.num_in_flight) == (0, 0)
     # Nothing is left behind: the next request is served as the first one was.
     await done(batcher.close())
+
+
+async def test_an_engine_that_is_not_there_is_not_asked_again_for_each_caller() -> None:
+    """All callers of a batch hear at once that they may repeat; their inputs are not to blame."""
+    num_runs = 0
+
+    async def absent(_: Rows) -> Outputs:
+        nonlocal num_runs
+        num_runs += 1
+        raise EngineUnavailable(graph="encoder")
+
+    batcher = _on(absent)
+    tasks = [submit(batcher, tagged(i, 2)) for i in range(3)]
+    for task in tasks:
+        with pytest.raises(EngineUnavailable, match="safe to repeat"):
+            await done(task)
+    assert num_runs == 1

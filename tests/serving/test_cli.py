@@ -249,6 +249,19 @@ def test_encode_writes_posteriors(command: Command, target: str, pixels: Path, t
         np.testing.assert_array_equal(arrays["mean"], whole[7:8])
 
 
+def test_draws_are_split_over_calls_and_equal_those_of_fewer(
+    command: Command, target: str, pixels: Path, tmp_path: Path
+) -> None:
+    """Several draws a row take several rows of the limit; the first draws do not depend on how many there are."""
+    for draws in (1, 3):
+        out = tmp_path / f"{draws}.npz"
+        done = command("encode", pixels, "--out", out, "--num-latents", draws, "--seed", 3, "--target", target)
+        assert done.code == 0, done.err
+    with np.load(tmp_path / "1.npz") as one, np.load(tmp_path / "3.npz") as three:
+        assert three["latents"].shape == (10, 3, 2)
+        np.testing.assert_array_equal(one["latents"][:, 0], three["latents"][:, 0])
+
+
 def test_without_a_file_the_first_row_is_shown(command: Command, target: str, latents: Path) -> None:
     """The answer is one JSON object with shapes and the first row."""
     facts = command("decode", latents, "--target", target).facts

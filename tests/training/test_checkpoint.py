@@ -10,7 +10,7 @@ import torch
 from training import checkpoint
 from training.checkpoint import Checkpoint, RunFolder
 from training.config import TrainingConfig
-from training.errors import CheckpointDamaged, RunNotFound
+from training.errors import CheckpointDamaged, NotARun, RunNotFound
 
 
 @pytest.fixture
@@ -24,6 +24,7 @@ def saved(source: torch.Generator) -> Checkpoint:
         averaged_weights={name: weight + 1 for name, weight in weights.items()},
         optimizer={"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": [{"betas": (0.9, 0.999)}]},
         sums=torch.tensor([1.0, 2.0]).double(),
+        num_summed=3,
         best_elbo=-math.inf,
         validation_elbo=-1.5,
         has_collapsed=False,
@@ -129,3 +130,11 @@ def test_clearing_removes_our_files_alone(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     RunFolder(tmp_path).clear()
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_of_somebody_else_is_not_cleared(tmp_path: Path) -> None:
+    """Without a sign of a run in it, nothing of a folder is removed, whatever its files are called."""
+    (tmp_path / "config.json").write_text("theirs")
+    with pytest.raises(NotARun, match="not empty and not a run folder"):
+        RunFolder(tmp_path).clear()
+    assert (tmp_path / "config.json").read_text() == "theirs"

@@ -196,3 +196,35 @@ def test_device_that_is_absent_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert choose_device("auto") == CPU
     with pytest.raises(DeviceUnavailable, match=r"device 'cuda'.*--device cpu"):
         choose_device("cuda")
+
+
+def test_figures_after_more_epochs_are_those_of_one_run(digits: Dataset, tmp_path: Path) -> None:
+    """The last epoch of a run validates outside the interval; what is summed begins anew there."""
+    short, whole = RunFolder(tmp_path / "short"), RunFolder(tmp_path / "whole")
+    for folder in (short, whole):
+        folder.path.mkdir()
+    # A constant schedule: then the steps do not depend on how many are to come.
+    constant = ("optimizer.final_learning_rate=1e-3", "optimizer.warm_up_fraction=0")
+    fit(_config("optimizer.epochs=1", *constant), digits, short, device=CPU)
+    longer = _config("optimizer.epochs=2", *constant)
+    fit(longer, digits, short, device=CPU, resume_from=load_for_resume(longer, short.last))
+    every_epoch = longer.override(["optimizer.validation_interval_epochs=1"])
+    fit(every_epoch, digits, whole, device=CPU)
+    assert _lines(short)[-1]["train"] == _lines(whole)[-1]["train"]
+
+
+def test_an_interrupt_saves_no_state_that_cannot_go_on(digits: Dataset, run: RunFolder) -> None:
+    """A run that has diverged says so when it is stopped, and keeps the checkpoint from before."""
+    with pytest.raises(Diverged):
+        fit(_config("optimizer.learning_rate=1e18"), digits, run, device=CPU, should_stop=_stop_at(6))
+    assert not run.last.exists()
+
+
+def test_half_a_line_of_metrics_is_made_again(digits: Dataset, run: RunFolder) -> None:
+    """A crash may leave half a line; the run goes on all the same."""
+    config = _config("optimizer.epochs=4")
+    fit(config, digits, run, device=CPU, should_stop=_stop_at(45))
+    with run.metrics.open("a") as file:
+        file.write('{"epoch": 4, "st')
+    fit(config, digits, run, device=CPU, resume_from=load_for_resume(config, run.last))
+    assert [line["epoch"] for line in _lines(run)] == [2, 4]

@@ -213,3 +213,40 @@ async def test_the_metrics_endpoint_ends_with_the_server(bundle_dir: Path) -> No
 def test_the_service_config_asks_for_the_name_that_health_knows() -> None:
     """A typo here would switch client-side health checking off in silence."""
     assert SERVICE_CONFIG["healthCheckConfig"] == {"serviceName": "vae.v1.VaeService"}
+
+
+def _has_ipv6() -> bool:
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            return False
+    return True
+
+
+async def test_whoever_drains_again_waits_for_the_same_drain(bundle_dir: Path, small: Bundle) -> None:
+    """Serve ends a replica when its drain returns: the second one must not return before the first."""
+    engine = PuppetEngine(small.manifest)
+    server = GatewayServer(engine, small.manifest, settings(bundle_dir))
+    await server.start()
+    await server.health.wait_until_ready(5)
+    async with wire(server.port) as channel:
+        engine.is_open.clear()
+        pending = asyncio.ensure_future(call(channel, "Sample", pb.SampleRequest(num_samples=1)))
+        await eventually(lambda: engine.num_running == 1)
+        drains = [asyncio.ensure_future(server.drain()) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        assert not any(drain.done() for drain in drains)
+        engine.is_open.set()
+        await asyncio.wait_for(asyncio.gather(pending, *drains), 5)
+
+
+@pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+async def test_an_ipv6_host_is_listened_on_with_and_without_brackets(bundle_dir: Path, host: str) -> None:
+    """Both ways of writing the address mean the same."""
+    async with (
+        in_process(settings(bundle_dir).merge({"gateway": {"host": host}})) as server,
+        AsyncVaeClient(f"[::1]:{server.port}") as client,
+    ):
+        assert (await client.sample(2, seed=1)).samples.shape == (2, 1, 4, 4)
