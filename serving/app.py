@@ -156,8 +156,10 @@ def _deployed(config: ServingConfig, stop: threading.Event) -> Iterator[None]:
     try:
         while not (handles.done() and _is_ready(handles)):
             if time.monotonic() > deadline:
-                reason = f"the service was not healthy in {config.start_timeout_s:g} s: {_deployment_states()}"
-                raise ServiceFailed(reason=reason)
+                states = "; ".join(line[:200] for line in _deployment_states().splitlines())
+                raise ServiceFailed(
+                    reason=f"the service was not healthy in {config.start_timeout_s:g} s: {states}"
+                )
             if stop.wait(_POLL_S):
                 raise Stopped
         yield
@@ -187,7 +189,7 @@ def _is_ready(handles: "Future[DeploymentHandle[Any]]") -> bool:
     try:
         handle = handles.result()
     except Exception as error:
-        raise ServiceFailed(reason=f"the deployments did not come up: {_last_line(error)}") from error
+        raise ServiceFailed(reason=f"the deployments did not come up: {_cause(error)}") from error
     try:
         return bool(handle.is_ready.remote().result(timeout_s=_CALL_TIMEOUT_S))
     except (TimeoutError, RayActorError, DeploymentUnavailableError):
@@ -197,11 +199,12 @@ def _is_ready(handles: "Future[DeploymentHandle[Any]]") -> bool:
 def _deployment_states() -> str:
     application = serve.status().applications.get(APPLICATION)
     deployments = application.deployments if application else {}
-    return "; ".join(f"{name} {info.status.value} {info.message}"[:200] for name, info in deployments.items())
+    return "\n".join(f"{name} {info.status.value} {info.message}" for name, info in deployments.items())
 
 
-def _last_line(error: Exception) -> str:
-    """Return the line of Serve's report that names the cause: the last one of the deepest stack."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if line.startswith("serving.errors.")]
-    return (named or lines or [type(error).__name__])[-1].removeprefix("serving.errors.")[:400]
+def _cause(error: Exception) -> str:
+    """Return the error of ours that a replica ended with, where Serve's report names one."""
+    report = f"{error}\n{_deployment_states()}"
+    lines = [line.strip() for line in report.splitlines() if line.strip()]
+    ours = [line.partition("serving.errors.")[2] for line in lines if "serving.errors." in line]
+    return (ours or lines)[-1][:400]

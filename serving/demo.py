@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-import socket
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +17,8 @@ from rich.table import Table
 from serving import pictures
 from serving.client import VaeClient
 from serving.config import ServingConfig
+from serving.errors import PortTaken
+from serving.gateway.server import check_port
 
 T = TypeVar("T")
 
@@ -27,11 +29,19 @@ SEED: Final = 1
 
 
 def free_port() -> int:
-    """Return a port of the loopback interface that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port of the loopback interface that nobody uses now.
+
+    Below the range from which systems give out ports of their own (32768 or 49152 up), and above Ray's workers
+    (10002 to 19999): no process that is started meanwhile is given it.
+
+    Raises:
+        PortTaken: If none of a hundred is free.
+    """
+    for port in random.sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(PortTaken):
+            check_port("127.0.0.1", port)
+            return port
+    raise PortTaken(address="127.0.0.1:20000-32000")
 
 
 def run(config: ServingConfig, data: NDArray[Any], out_dir: Path, *, console: Console) -> None:
