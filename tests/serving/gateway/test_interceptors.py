@@ -188,8 +188,11 @@ async def test_each_call_is_counted_under_its_end(held: GatewayServer, engine: P
         await failure(channel, "Sample", pb.SampleRequest(num_samples=1))
         engine.error = None
         engine.is_open.clear()
-        await failure(channel, "Sample", pb.SampleRequest(num_samples=1), timeout=0.05)
-        task = asyncio.ensure_future(call(channel, "Sample", pb.SampleRequest(num_samples=1), timeout=0.35))
+        await failure(channel, "Sample", pb.SampleRequest(num_samples=1), timeout=0.3)
+        await eventually(
+            lambda: held.operations.decoder.num_rows == 0
+        )  # else its row is taken for the next call's
+        task = asyncio.ensure_future(call(channel, "Sample", pb.SampleRequest(num_samples=1), timeout=30))
         await eventually(lambda: held.operations.decoder.num_rows == 1)
         task.cancel()
         await eventually(lambda: REGISTRY.get_sample_value("vae_calls_in_flight") == 0)
