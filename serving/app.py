@@ -43,19 +43,22 @@ _MAX_ONGOING: Final = 256
 
 def build(config: ServingConfig) -> serve.Application:
     """Return the Serve application: Gateway -> Encoder and Decoder."""
-    gateway = config.gateway
-    drain_s = gateway.drain_timeout_s + gateway.stop_grace_s + _SHUTDOWN_SLACK_S
     front = serve.deployment(
         name="Gateway",
         num_replicas=1,
         max_replicas_per_node=1,  # one listener per node: its replacement starts when the port is free
-        graceful_shutdown_timeout_s=drain_s,
+        graceful_shutdown_timeout_s=_shutdown_s(config),
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=1.0,
         health_check_timeout_s=5.0,
-        ray_actor_options={"num_cpus": gateway.num_cpus},
+        ray_actor_options={"num_cpus": config.gateway.num_cpus},
     )(Gateway)
     return front.bind(config.model_dump(), _graph("encoder", config), _graph("decoder", config))
+
+
+def _shutdown_s(config: ServingConfig) -> float:
+    """Return the time that a gateway may take to drain and stop."""
+    return config.gateway.drain_timeout_s + config.gateway.stop_grace_s + _SHUTDOWN_SLACK_S
 
 
 def _graph(graph: Literal["encoder", "decoder"], config: ServingConfig) -> serve.Application:
@@ -165,8 +168,7 @@ def _deployed(config: ServingConfig, stop: threading.Event) -> Iterator[None]:
         yield
     finally:
         if handles.done() and not handles.exception():
-            gateway = config.gateway
-            _drain(handles.result(), gateway.drain_timeout_s + gateway.stop_grace_s + _SHUTDOWN_SLACK_S)
+            _drain(handles.result(), _shutdown_s(config))
         serve.delete(APPLICATION)
 
 

@@ -162,14 +162,7 @@ def decode(
     _check_out(out_file, ".npy", ".npz", ".png")
     rows = _load(latents)
     with VaeClient(target, timeout_s=timeout) as client:
-
-        def call(part: NDArray[Any], first_row: int, part_seed: int | None) -> Decoded:
-            options = _options(observation, output_type, first_row)
-            return client.decode(part, **_seeded(options, part_seed))
-
-        parts = _in_parts(client, rows, call, seed)
-    facts = {"model_version": parts[0].model_version, "seed": parts[0].seed}
-    _deliver({"reconstruction": _join(parts, "reconstruction")}, out_file, facts)
+        _reconstruct_in_parts(client, client.decode, rows, observation, output_type, seed, out_file)
 
 
 @app.command()
@@ -186,14 +179,7 @@ def reconstruct(
     _check_out(out_file, ".npy", ".npz", ".png")
     rows = _load(data)
     with VaeClient(target, timeout_s=timeout) as client:
-
-        def call(part: NDArray[Any], first_row: int, part_seed: int | None) -> Decoded:
-            options = _options(observation, output_type, first_row)
-            return client.reconstruct(part, **_seeded(options, part_seed))
-
-        parts = _in_parts(client, rows, call, seed)
-    facts = {"model_version": parts[0].model_version, "seed": parts[0].seed}
-    _deliver({"reconstruction": _join(parts, "reconstruction")}, out_file, facts)
+        _reconstruct_in_parts(client, client.reconstruct, rows, observation, output_type, seed, out_file)
 
 
 @app.command()
@@ -362,6 +348,25 @@ def _in_parts(
         parts.append(call(rows[start : start + limit], start, seed))
         seed = getattr(parts[0], "seed", None)
     return parts
+
+
+def _reconstruct_in_parts(
+    client: VaeClient,
+    method: Callable[..., Decoded],
+    rows: NDArray[Any],
+    observation: Observation,
+    output_type: OutputType,
+    seed: int | None,
+    out_file: Path | None,
+) -> None:
+    """Call `decode` or `reconstruct` on all rows and deliver what comes back."""
+
+    def call(part: NDArray[Any], first_row: int, part_seed: int | None) -> Decoded:
+        return method(part, **_seeded(_options(observation, output_type, first_row), part_seed))
+
+    parts = _in_parts(client, rows, call, seed)
+    facts = {"model_version": parts[0].model_version, "seed": parts[0].seed}
+    _deliver({"reconstruction": _join(parts, "reconstruction")}, out_file, facts)
 
 
 def _progress(steps: range, label: str) -> Iterable[int]:

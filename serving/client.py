@@ -413,14 +413,7 @@ def _encode(data: ArrayLike, options: EncodeOptions) -> _Plan[Encoded]:
 
 def _decode(latents: ArrayLike, options: ObservationOptions) -> _Plan[Decoded]:
     _check_names(options, ObservationOptions)
-    request = pb.DecodeRequest(
-        latents=_input(latents),
-        observation=_word(_OBSERVATIONS, "observation", options.get("observation", "mean")),
-        seed=_seed(options),
-        first_row=_unsigned("first_row", options.get("first_row", 0), bits=64),
-        output_type=_word(_TYPES, "output_type", options.get("output_type", "float32")),
-        model_version=options.get("model_version", ""),
-    )
+    request = pb.DecodeRequest(latents=_input(latents), **_observation(options))
     return _Plan("Decode", request, options, _read_decoded)
 
 
@@ -428,27 +421,27 @@ def _sample(num_samples: int, options: SampleOptions) -> _Plan[Sampled]:
     _check_names(options, SampleOptions)
     request = pb.SampleRequest(
         num_samples=_unsigned("num_samples", num_samples, bits=32),
-        seed=_seed(options),
-        first_row=_unsigned("first_row", options.get("first_row", 0), bits=64),
         temperature=options.get("temperature", 1.0),
-        observation=_word(_OBSERVATIONS, "observation", options.get("observation", "mean")),
-        output_type=_word(_TYPES, "output_type", options.get("output_type", "float32")),
         include_latents=options.get("include_latents", False),
-        model_version=options.get("model_version", ""),
+        **_observation(options),
     )
     return _Plan("Sample", request, options, _read_sampled)
 
 
+def _observation(options: ObservationOptions) -> dict[str, Any]:
+    """Return the fields of every request that may draw from p(x | z)."""
+    return {
+        "observation": _word(_OBSERVATIONS, "observation", options.get("observation", "mean")),
+        "seed": _seed(options),
+        "first_row": _unsigned("first_row", options.get("first_row", 0), bits=64),
+        "output_type": _word(_TYPES, "output_type", options.get("output_type", "float32")),
+        "model_version": options.get("model_version", ""),
+    }
+
+
 def _reconstruct(data: ArrayLike, options: ObservationOptions) -> _Plan[Decoded]:
     _check_names(options, ObservationOptions)
-    request = pb.ReconstructRequest(
-        data=_input(data),
-        observation=_word(_OBSERVATIONS, "observation", options.get("observation", "mean")),
-        seed=_seed(options),
-        first_row=_unsigned("first_row", options.get("first_row", 0), bits=64),
-        output_type=_word(_TYPES, "output_type", options.get("output_type", "float32")),
-        model_version=options.get("model_version", ""),
-    )
+    request = pb.ReconstructRequest(data=_input(data), **_observation(options))
     return _Plan("Reconstruct", request, options, _read_decoded)
 
 

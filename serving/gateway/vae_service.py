@@ -1,7 +1,7 @@
 """The typed API, vae.v1.VaeService: message -> arrays -> operation -> message."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
@@ -16,6 +16,8 @@ from serving.tensors import check_type, from_message, to_message, to_output
 NAME: Final = pb.DESCRIPTOR.services_by_name["VaeService"].full_name
 
 Behaviour = Callable[[Any, float], Awaitable[Message]]
+
+ReconstructionT = TypeVar("ReconstructionT", pb.DecodeResponse, pb.ReconstructResponse)
 
 _PATHS: Final[dict[int, Path]] = {
     pb.INTERPOLATION_UNSPECIFIED: "linear",
@@ -74,11 +76,7 @@ class VaeService:
         latents = from_message(request.latents, field="latents")
         mean = await self._operations.decode(latents, expires_at=expires_at)
         response = pb.DecodeResponse(model_version=self._version)
-        if observes:
-            response.seed = _seed(request)
-            mean = self._operations.observe(mean, response.seed, first_row=request.first_row)
-        response.reconstruction.CopyFrom(_message(mean, request.output_type))
-        return response
+        return self._reconstructed(response, request, mean, observes=observes)
 
     async def Sample(self, request: pb.SampleRequest, expires_at: float) -> pb.SampleResponse:
         """Return draws from the prior, decoded."""
@@ -107,11 +105,7 @@ class VaeService:
         data = from_message(request.data, field="data")
         mean = await self._operations.reconstruct(data, expires_at=expires_at)
         response = pb.ReconstructResponse(model_version=self._version)
-        if observes:
-            response.seed = _seed(request)
-            mean = self._operations.observe(mean, response.seed, first_row=request.first_row)
-        response.reconstruction.CopyFrom(_message(mean, request.output_type))
-        return response
+        return self._reconstructed(response, request, mean, observes=observes)
 
     async def Interpolate(self, request: pb.InterpolateRequest, expires_at: float) -> pb.InterpolateResponse:
         """Return decoded points between two ends."""
@@ -161,6 +155,21 @@ class VaeService:
             encoder_provider=self.providers.encoder,
             decoder_provider=self.providers.decoder,
         )
+
+    def _reconstructed(
+        self,
+        response: ReconstructionT,
+        request: pb.DecodeRequest | pb.ReconstructRequest,
+        mean: Float32,
+        *,
+        observes: bool,
+    ) -> ReconstructionT:
+        """Return the response with means of p(x | z), or with draws and their seed."""
+        if observes:
+            response.seed = _seed(request)
+            mean = self._operations.observe(mean, response.seed, first_row=request.first_row)
+        response.reconstruction.CopyFrom(_message(mean, request.output_type))
+        return response
 
     def methods(self) -> dict[str, tuple[type[Message], Behaviour]]:
         """Return every method of the service: its name, the class of its request, its behaviour."""
