@@ -4,15 +4,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PROTOS := protos/vae/v1/vae.proto
+CLIENTS := $(VENV)/clients
+CLIENTS_STAMP := $(CLIENTS)/.installed
+PROTOS := protos/vae/v1/vae.proto protos/inference/inference.proto
 DEMO := demo
 BASE ?= main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt check test demo serve bench protos clean
+.PHONY: help setup clients fmt check test demo serve bench perf-analyzer protos clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create the environment with the tested versions
 
@@ -21,6 +23,14 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo 'installing the tested versions into $(VENV) (a minute or two)'
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[serving,training,dev]'
+	@touch $@
+
+clients: $(CLIENTS_STAMP) ## create the environment of tritonclient, for the tests against it
+
+# Inside the other, so that both are ignored and removed together.
+$(CLIENTS_STAMP): .ci/clients.txt | $(STAMP)
+	$(PYTHON) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --requirement .ci/clients.txt
 	@touch $@
 
 fmt: $(STAMP) ## format the code and fix what can be fixed
@@ -35,7 +45,7 @@ check: $(STAMP) ## lint, types, architecture, wire contract
 	cd protos && ../$(BIN)/buf lint
 	@.ci/breaking $(BIN)/buf $(BASE)
 
-test: $(STAMP) ## pass the whole test suite
+test: $(STAMP) $(CLIENTS_STAMP) ## pass the whole test suite
 	$(BIN)/python -m pytest
 
 demo: $(STAMP) ## train, export, serve on a local Ray, call every method, write pictures
@@ -52,6 +62,9 @@ serve: $(STAMP) $(DEMO)/bundle/manifest.json ## keep the demo's model up on port
 
 bench: $(STAMP) ## what distribution costs: echo, in-process and Ray, alternating
 	$(BIN)/python -m tests.benchmarks.engines
+
+perf-analyzer: $(STAMP) ## sweep concurrency with NVIDIA's perf_analyzer and record it (Linux x86-64)
+	$(BIN)/python -m tests.benchmarks.perf_analyzer
 
 protos: $(STAMP) ## generate the stubs from the wire contract
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. $(PROTOS)

@@ -25,7 +25,7 @@ from ray.serve.schema import LoggingConfig
 from serving import bundle, scaling
 from serving.config import ServingConfig
 from serving.errors import ProviderUnavailable, ServiceFailed
-from serving.gateway.server import check_port
+from serving.gateway.server import check_credentials, check_port
 from serving.replicas import Gateway, GraphReplica
 
 logger = logging.getLogger(__name__)
@@ -43,22 +43,25 @@ _MAX_ONGOING: Final = 256
 
 def build(config: ServingConfig) -> serve.Application:
     """Return the Serve application: Gateway -> Encoder and Decoder."""
+    # One listener per node, unless they share the port: its replacement starts when the port is free.
+    spread: dict[str, Any] = {} if config.gateway.share_port else {"max_replicas_per_node": 1}
     front = serve.deployment(
         name="Gateway",
-        num_replicas=1,
-        max_replicas_per_node=1,  # one listener per node: its replacement starts when the port is free
+        num_replicas=config.gateway.num_replicas,
         graceful_shutdown_timeout_s=_shutdown_s(config),
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=1.0,
         health_check_timeout_s=5.0,
         ray_actor_options={"num_cpus": config.gateway.num_cpus},
+        **spread,
     )(Gateway)
     return front.bind(config.model_dump(), _graph("encoder", config), _graph("decoder", config))
 
 
 def _shutdown_s(config: ServingConfig) -> float:
     """Return the time that a gateway may take to drain and stop."""
-    return config.gateway.drain_timeout_s + config.gateway.stop_grace_s + _SHUTDOWN_SLACK_S
+    gateway = config.gateway
+    return gateway.drain_notice_s + gateway.drain_timeout_s + gateway.stop_grace_s + _SHUTDOWN_SLACK_S
 
 
 def _graph(graph: Literal["encoder", "decoder"], config: ServingConfig) -> serve.Application:
@@ -93,8 +96,8 @@ def on_ray(
         stop: Set by somebody who no longer wants the service; watched while it starts.
 
     Raises:
-        StartupError: If the bundle does not verify, the port is taken or a deployment does not come up. Nothing
-            that was started is left running then.
+        StartupError: If the bundle does not verify, credentials cannot be read, the port is taken or a
+            deployment does not come up. Nothing that was started is left running then.
         Stopped: If `stop` was set before the service was healthy. Nothing is left running then either.
     """
     # Checked here first: a one-line error instead of a deployment that fails three times.
@@ -103,13 +106,14 @@ def on_ray(
         raise ServiceFailed(
             reason="gateway.port: 0 lets the system choose, which only the in-process engine can tell"
         )
+    located = _located(config)
+    check_credentials(located.gateway)
     check_port(config.gateway.host, config.gateway.port)
     tell(f"bundle verified: {manifest.name} {manifest.version}")
     is_local = "RAY_ADDRESS" not in os.environ
     try:
         _connect(config, is_local=is_local)
         tell("local Ray started" if is_local else "connected to Ray")
-        located = config.model_copy(update={"bundle": bundle.absolute(config.bundle)})
         with _deployed(located, stop or threading.Event()):
             tell("deployments healthy: Gateway, Encoder, Decoder")
             yield config.gateway.port
@@ -119,11 +123,32 @@ def on_ray(
             ray.shutdown()  # a local cluster goes with the driver that started it
 
 
+def _located(config: ServingConfig) -> ServingConfig:
+    """Return a configuration that means the same in any replica's process: whole paths, and API keys by value.
+
+    Only hashes of keys travel; a replica on a cluster does not have this process's environment.
+    """
+    gateway, auth = config.gateway, config.gateway.auth
+    tls = {name: bundle.absolute(path) for name, path in gateway.tls.model_dump().items() if path}
+    keys = os.environ.get(auth.api_keys_variable) if auth.api_keys_variable else None
+    known: dict[str, Any] = {}
+    if keys is not None:
+        check_credentials(gateway)  # before two sources become one, so that errors name the right one
+        known = {"api_keys": ",".join(filter(None, (auth.api_keys, keys))), "api_keys_variable": ""}
+    if auth.api_keys_file:
+        known["api_keys_file"] = bundle.absolute(auth.api_keys_file)
+    if auth.jwt is not None:
+        known["jwt"] = {"jwks": bundle.absolute(auth.jwt.jwks)}
+    return config.merge({"bundle": bundle.absolute(config.bundle), "gateway": {"tls": tls, "auth": known}})
+
+
 def _connect(config: ServingConfig, *, is_local: bool) -> None:
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if is_local:
         parts = (config.encoder, config.decoder)
-        needed = config.gateway.num_cpus + sum(part.num_cpus * part.max_replicas for part in parts)
+        needed = config.gateway.num_replicas * config.gateway.num_cpus + sum(
+            part.num_cpus * part.max_replicas for part in parts
+        )
         # Logical processors: a laptop with two must still place all three deployments.
         quiet["num_cpus"] = max(os.cpu_count() or 1, math.ceil(needed) + 1)
         quiet["include_dashboard"] = False
@@ -168,16 +193,23 @@ def _deployed(config: ServingConfig, stop: threading.Event) -> Iterator[None]:
         yield
     finally:
         if handles.done() and not handles.exception():
-            _drain(handles.result(), _shutdown_s(config))
+            _drain(handles.result(), config.gateway.num_replicas, _shutdown_s(config))
         serve.delete(APPLICATION)
 
 
-def _drain(gateway: DeploymentHandle[Any], timeout_s: float) -> None:
-    """Drain while the graphs still run: calls made after the deletion has begun would hang."""
+def _drain(gateway: DeploymentHandle[Any], num_replicas: int, timeout_s: float) -> None:
+    """Drain every gateway while the graphs still run: calls made after the deletion has begun would hang.
+
+    A handle chooses the replica, so calls are made until each replica has answered one.
+    """
+    drained: set[str] = set()
+    deadline = time.monotonic() + timeout_s
     try:
-        gateway.drain.remote().result(timeout_s=timeout_s)
+        while len(drained) < num_replicas and (left_s := deadline - time.monotonic()) > 0:
+            calls = [gateway.drain.remote() for _ in range(num_replicas)]
+            drained |= {str(call.result(timeout_s=left_s)) for call in calls}
     except Exception as error:  # noqa: BLE001 - a gateway that is lost cannot drain; the rest must still be stopped
-        logger.warning("the gateway did not drain", extra={"reason": type(error).__name__})
+        logger.warning("a gateway did not drain", extra={"reason": type(error).__name__})
 
 
 def _deploy(application: serve.Application, handles: "Future[DeploymentHandle[Any]]") -> None:

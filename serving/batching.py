@@ -6,23 +6,20 @@ out, so that pressure becomes visible to the autoscaler as ongoing calls.
 """
 
 import asyncio
-import bisect
 import functools
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from operator import attrgetter
-from typing import Any, Final, NamedTuple, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Final, NamedTuple
 
 from serving.config import BatchingConfig
-from serving.errors import DeadlineExceeded, EngineUnavailable, QueueFull
+from serving.errors import DeadlineExceeded, DeadlineTooShort, EngineUnavailable, QueueFull
+from serving.queueing import Outputs, Request, RowQueue, Rows, Slice, Source, concatenate
+from serving.service_times import ServiceTimes
+from serving.tickets import HIGHEST, LOWEST, Ticket
 
-Rows = NDArray[Any]
-Outputs = tuple[Rows, ...]
-Run = Callable[[Rows], Awaitable[Outputs]]
+Run = Callable[[Rows, float], Awaitable[Outputs]]
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +31,6 @@ _IDLE_TURN_S: Final = 30e-6
 all. Measured at 128 calls of one row in flight, in one alternating run: 3,686 calls per second with 40 turns,
 3,045 with 20, 2,937 without gathering; at 4 in flight a call takes 0.15 ms longer."""
 
-_by_expiry = attrgetter("expires_at")
-
 
 class BatchReport(NamedTuple):
     """What one run was made of, for metrics."""
@@ -46,86 +41,22 @@ class BatchReport(NamedTuple):
     run_s: float
 
 
-class Source(Protocol):
-    """Where the rows of a request come from: an array, or a recipe that is followed when a run needs them."""
+class _Flight:
+    """A run in flight."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows once they are made."""
+    __slots__ = ("num_together",)
 
-    def __len__(self) -> int:
-        """Return the number of rows."""
-
-
-class Request:
-    """Rows of one caller, and what came back for them so far."""
-
-    __slots__ = ("arrived_at", "expires_at", "future", "num_done", "num_rows", "num_taken", "outputs", "source")
-
-    def __init__(self, source: Source, *, arrived_at: float, expires_at: float) -> None:
-        self.source, self.arrived_at, self.expires_at = source, arrived_at, expires_at
-        self.num_rows = len(source)
-        self.future: asyncio.Future[Outputs] = asyncio.get_running_loop().create_future()
-        self.num_taken = self.num_done = 0
-        self.outputs: Outputs = ()
-
-    @property
-    def num_waiting(self) -> int:
-        """Rows that are not yet in a run."""
-        return self.num_rows - self.num_taken
-
-    def take(self, num_rows: int) -> "Slice":
-        """Return the next rows as a slice of this request."""
-        start = self.num_taken
-        self.num_taken += num_rows
-        return Slice(self, start, self.num_taken)
-
-    def deliver(self, start: int, outputs: Outputs) -> None:
-        """Take the outputs of the rows from `start` on; resolve when all rows have theirs."""
-        num_rows = len(outputs[0])
-        if num_rows == self.num_rows:
-            self.outputs = outputs
-        else:
-            if not self.outputs:
-                self.outputs = tuple(
-                    np.empty((self.num_rows, *output.shape[1:]), output.dtype) for output in outputs
-                )
-            for whole, part in zip(self.outputs, outputs, strict=True):
-                whole[start : start + num_rows] = part
-        self.num_done += num_rows
-        if self.num_done == self.num_rows and not self.future.done():
-            self.future.set_result(self.outputs)
-
-    def fail(self, error: BaseException) -> None:
-        """Resolve with an error, unless resolved."""
-        if not self.future.done():
-            self.future.set_exception(error)
-
-
-class Slice(NamedTuple):
-    """Consecutive rows of one request inside one run."""
-
-    request: Request
-    start: int
-    stop: int
-
-    @property
-    def rows(self) -> Rows:
-        """The rows, where the source is an array."""
-        rows: Rows = self.request.source[self.start : self.stop]  # type: ignore[index]  # recipes have no slices
-        return rows
-
-
-def concatenate(batch: Sequence[Slice]) -> Rows:
-    """Return the rows of slices whose sources are arrays."""
-    return batch[0].rows if len(batch) == 1 else np.concatenate([part.rows for part in batch])
+    def __init__(self) -> None:
+        self.num_together = 1
+        """Most runs in flight at a time since it began, itself included."""
 
 
 class RowBatcher:
     """Gathers rows into runs of one graph.
 
     Args:
-        run: Runs the graph on rows (n, *row_shape); returns outputs of n rows each. Pure: may be repeated.
+        run: Runs the graph on rows (n, *row_shape), given the seconds after which nobody waits for them; returns
+            outputs of n rows each. Pure: may be repeated.
         config: Bounds.
         name: Name of the graph, for errors and logs.
         num_slots: Runs in flight while rows gather.
@@ -147,15 +78,17 @@ class RowBatcher:
     ) -> None:
         self._run, self._config, self._name, self._clock, self._on_batch = run, config, name, clock, on_batch
         self._num_slots, self._assemble = num_slots, assemble
-        self._waiting: list[Request] = []
-        self._runs: set[asyncio.Task[None]] = set()
+        self._queue = RowQueue(age_after_s=config.age_after_s)
+        self._times = ServiceTimes()
+        self._runs: dict[asyncio.Task[None], _Flight] = {}
         self._dispatch_is_scheduled = False
         self._num_idle_turns = 0
         self._gathering_since = self._last_turn = 0.0
         self._is_closed = False
-        self._num_rows_waiting = 0
         self._num_rows_held = 0
         self._num_bytes_held = 0
+        self._rows_of_client: Counter[str] = Counter()
+        self._rows_of_level = [0] * (LOWEST + 1)
         self._rows_per_s = 0.0
         self._last_progress = clock()
 
@@ -175,55 +108,92 @@ class RowBatcher:
         is_busy = bool(self._runs) or self._num_rows_held > 0
         return is_busy and self._clock() - self._last_progress > self._config.stall_after_s
 
-    async def submit(self, source: Source, *, expires_at: float) -> Outputs:
+    async def submit(self, source: Source, ticket: Ticket) -> Outputs:
         """Return the outputs for rows, in their order, whatever they were batched with.
 
         Args:
             source: An array (n, *row_shape), n >= 1, not to be changed meanwhile; or a recipe for one.
-            expires_at: Time on the clock after which nobody waits for the answer.
+            ticket: Until when, for whom, how urgent; told what came of it.
 
         Raises:
-            QueueFull: If the rows do not fit; carries when to come back.
+            QueueFull: If the rows do not fit, or not before their deadline; carries when to come back.
+            DeadlineTooShort: If they could not be run before their deadline even now.
             DeadlineExceeded: If they expire before they are run.
             EngineUnavailable: If the batcher is closed.
         """
-        request = Request(source, arrived_at=self._clock(), expires_at=expires_at)
-        self._admit(request)
-        bisect.insort(self._waiting, request, key=_by_expiry)
+        request = Request(source, ticket, arrived_at=self._clock())
+        num_rows, num_bytes, priority = request.num_rows, source.nbytes, ticket.priority
+        self._admit(request, num_bytes)
+        self._hold(ticket.client, priority, num_rows, num_bytes)
+        self._queue.add(request)
         self._schedule_dispatch()
         try:
             return await request.future
         finally:
-            self._num_rows_held -= request.num_rows
-            self._num_bytes_held -= source.nbytes
-            if request.num_waiting and request in self._waiting:  # the caller left: nothing of it stays
-                self._waiting.remove(request)
-                self._num_rows_waiting -= request.num_waiting
+            self._hold(ticket.client, priority, -num_rows, -num_bytes)
+            self._queue.discard(request)  # if the caller left, nothing of it stays
 
     async def close(self) -> None:
         """Fail what waits, and end what runs."""
         self._is_closed = True
-        waiting, self._waiting, self._num_rows_waiting = self._waiting, [], 0
-        for request in waiting:
+        for request in self._queue.clear():
             request.fail(EngineUnavailable(graph=self._name))
         for task in self._runs:
             task.cancel()
         await asyncio.gather(*self._runs, return_exceptions=True)
 
-    def _admit(self, request: Request) -> None:
-        config, num_rows = self._config, request.num_rows
+    def _hold(self, client: str, priority: int, num_rows: int, num_bytes: int) -> None:
+        self._num_rows_held += num_rows
+        self._num_bytes_held += num_bytes
+        self._rows_of_level[priority] += num_rows
+        held = self._rows_of_client[client] + num_rows
+        if held:
+            self._rows_of_client[client] = held
+        else:
+            del self._rows_of_client[client]
+
+    def _admit(self, request: Request, num_bytes: int) -> None:
         if self._is_closed:
             raise EngineUnavailable(graph=self._name)
-        if self._num_rows_held == 0 and not self._runs:
-            self._last_progress = request.arrived_at
-        if self._num_rows_held > 0 and (
-            self._num_rows_held + num_rows > config.max_queue_rows
-            or self._num_bytes_held + request.source.nbytes > config.max_queue_bytes
-        ):  # A single request always fits an empty queue: the limits of a call bound it.
+        if self._num_rows_held == 0:  # a single request always fits an empty queue: the limits of a call bound it
+            if not self._runs:
+                self._last_progress = request.arrived_at
+        elif not self._has_room(request, num_bytes):
             raise QueueFull(retry_after_s=self._time_to_drain_s())
-        self._num_rows_held += num_rows
-        self._num_rows_waiting += num_rows
-        self._num_bytes_held += request.source.nbytes
+        self._check_deadline(request)
+
+    def _has_room(self, request: Request, num_bytes: int) -> bool:
+        config, ticket = self._config, request.ticket
+        share = config.shed_at[ticket.priority - HIGHEST]
+        max_rows = share * config.max_queue_rows
+        num_rows = self._num_rows_held + request.num_rows
+        if num_rows > max_rows or self._num_bytes_held + num_bytes > share * config.max_queue_bytes:
+            return False
+        # Above half of the bound, a client that others wait beside may hold no more than its share of it.
+        own = self._rows_of_client[ticket.client]
+        is_contended = own and len(self._rows_of_client) > 1 and num_rows > max_rows / 2
+        return not is_contended or own + request.num_rows <= max_rows / len(self._rows_of_client)
+
+    def _check_deadline(self, request: Request) -> None:
+        """Refuse at once what cannot be answered in time, judged from below by the runs that were measured."""
+        left_s, now = request.expires_at - request.arrived_at, request.arrived_at
+        max_batch = self._config.max_batch_rows
+        held = sum(self._rows_of_level[HIGHEST : request.ticket.priority + 1])
+        if left_s > self._times.slowest_s * (2 + held // max_batch):
+            return
+        if left_s <= 0:
+            raise DeadlineExceeded
+        own_s = self._times.busy_s(min(request.num_rows, max_batch), now)
+        if own_s > left_s:
+            raise DeadlineTooShort(given_s=left_s, needed_s=own_s)
+        run_s = self._times.busy_s(max_batch, now)
+        if held // max_batch * run_s + own_s <= left_s:
+            return
+        # Not all that is held comes first: a closer look, which costs less than the call that it refuses.
+        wait_s = self._queue.num_rows_before(request) // max_batch * run_s
+        if wait_s + own_s > left_s:
+            what = f"about {wait_s:.2f} s of work is ahead, more than the deadline leaves"
+            raise QueueFull(retry_after_s=self._time_to_drain_s(), what=what)
 
     def _time_to_drain_s(self) -> float:
         low, high = _RETRY_RANGE_S
@@ -246,12 +216,12 @@ class RowBatcher:
         now = self._clock()
         self._num_idle_turns = self._num_idle_turns + 1 if now - self._last_turn < _IDLE_TURN_S else 0
         self._last_turn = now
-        is_alone = not self._runs and len(self._waiting) == 1
+        is_alone = not self._runs and len(self._queue) == 1
         is_over = (
             is_alone
             or self._num_idle_turns >= _IDLE_TURNS
             or not self._has_slot()
-            or self._num_rows_waiting >= self._config.max_batch_rows
+            or self._queue.num_rows >= self._config.max_batch_rows
             or now - self._gathering_since > self._config.max_gather_s
         )
         if is_over:
@@ -261,80 +231,58 @@ class RowBatcher:
             asyncio.get_running_loop().call_soon(self._gather)
 
     def _dispatch(self) -> None:
-        while self._has_slot() and (batch := self._next_batch()):
-            task = asyncio.get_running_loop().create_task(self._run_batch(batch))
-            self._runs.add(task)
+        while self._has_slot() and (batch := self._queue.take(self._config.max_batch_rows, self._clock())):
+            flight = _Flight()
+            task = asyncio.get_running_loop().create_task(self._run_batch(batch, flight))
+            self._runs[task] = flight
+            for other in self._runs.values():
+                other.num_together = max(other.num_together, len(self._runs))
             task.add_done_callback(functools.partial(self._on_run_end, batch))
 
     def _has_slot(self) -> bool:
         if len(self._runs) < self._num_slots:
             return True
-        is_full = self._num_rows_waiting >= self._config.max_batch_rows
+        is_full = self._queue.num_rows >= self._config.max_batch_rows
         return is_full and len(self._runs) < self._config.max_full_in_flight
 
     def _on_run_end(self, batch: Sequence[Slice], task: "asyncio.Task[None]") -> None:
-        self._runs.discard(task)
+        del self._runs[task]
         self._last_progress = self._clock()
         if task.cancelled() or task.exception():  # whatever the reason, and also if it never began
             for part in batch:
                 part.request.fail(EngineUnavailable(graph=self._name))
         if not task.cancelled() and (error := task.exception()):
             logger.error("a run ended without resolving its rows", exc_info=error)
-        if self._waiting:
+        if self._queue:
             self._schedule_dispatch()
 
-    def _next_batch(self) -> list[Slice]:
-        """Take rows by deadline; while others wait, nobody takes more than half of a batch."""
-        self._drop_the_dead()
-        space = self._config.max_batch_rows
-        fair = max(1, space // 2) if len(self._waiting) > 1 else space
-        shares: list[tuple[Request, int]] = []
-        for request in self._waiting:
-            if space == 0:
-                break
-            share = min(request.num_waiting, fair, space)
-            shares.append((request, share))
-            space -= share
-        batch = []
-        for request, share in shares:  # what nobody else wanted goes to the large requests, in order
-            extra = min(request.num_waiting - share, space)
-            space -= extra
-            batch.append(request.take(share + extra))
-        self._num_rows_waiting -= self._config.max_batch_rows - space
-        self._waiting = [request for request in self._waiting if request.num_waiting]
-        return batch
-
-    def _drop_the_dead(self) -> None:
-        """Drop cancelled and expired requests: their rows never reach the engine."""
-        now = self._clock()
-        alive = []
-        for request in self._waiting:
-            if request.expires_at <= now:
-                request.fail(DeadlineExceeded())
-            if request.future.done():
-                self._num_rows_waiting -= request.num_waiting
-            else:
-                alive.append(request)
-        self._waiting = alive
-
-    async def _run_batch(self, batch: Sequence[Slice]) -> None:
+    async def _run_batch(self, batch: Sequence[Slice], flight: _Flight) -> None:
         started = self._clock()
+        for part in batch:
+            if not part.request.first_run_at:
+                part.request.first_run_at = started
         try:
             await self._run_and_deliver(batch)
         except Exception as error:  # noqa: BLE001 - whatever the engine raises belongs to the callers of this batch
             await self._recover(batch, error)
         else:
-            self._report(batch, started)
+            self._report(batch, started, flight.num_together)
 
     async def _run_and_deliver(self, batch: Sequence[Slice]) -> None:
         rows = self._assemble(batch)
-        outputs = await self._run(rows)
+        timeout_s = max(part.request.expires_at for part in batch) - self._clock()
+        outputs = await self._run(rows, timeout_s)
         if any(len(output) != len(rows) for output in outputs):
             raise EngineUnavailable(graph=self._name, detail="outputs do not have the rows of the input")
-        offset = 0
+        offset, now = 0, self._clock()
         for request, start, stop in batch:
             end = offset + stop - start
-            request.deliver(start, tuple(output[offset:end] for output in outputs))
+            ticket = request.ticket
+            ticket.run_share += (stop - start) / len(rows)
+            if request.deliver(start, tuple(output[offset:end] for output in outputs)):
+                ticket.num_rows += request.num_rows
+                ticket.queue_s += request.first_run_at - request.arrived_at
+                ticket.run_s += now - request.first_run_at
             offset = end
 
     async def _recover(self, batch: Sequence[Slice], error: Exception) -> None:
@@ -355,10 +303,12 @@ class RowBatcher:
                     part.request.fail(own)
                 self._last_progress = self._clock()
 
-    def _report(self, batch: Sequence[Slice], started: float) -> None:
-        run_s = max(self._clock() - started, 1e-6)
+    def _report(self, batch: Sequence[Slice], started: float, num_in_flight: int) -> None:
+        now = self._clock()
+        run_s = max(now - started, 1e-6)
         num_rows = sum(part.stop - part.start for part in batch)
-        rate = num_rows / run_s * max(1, len(self._runs))
+        self._times.observe(num_rows, run_s, num_in_flight=num_in_flight, now=now)
+        rate = num_rows / run_s * num_in_flight
         self._rows_per_s += (rate - self._rows_per_s) * (_RATE_SMOOTHING if self._rows_per_s else 1.0)
         waited = started - min(part.request.arrived_at for part in batch)
         self._on_batch(BatchReport(num_rows, len(batch), waited, run_s))

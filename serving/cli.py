@@ -6,15 +6,21 @@ bundle is wrong, 130 interrupted.
 
 import asyncio
 import contextlib
+import dataclasses
+import functools
+import inspect
 import json
 import math
+import os
 import signal
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar, cast, get_type_hints
 
+import grpc
 import numpy as np
 import typer
 from numpy.typing import NDArray
@@ -25,6 +31,8 @@ from rich.table import Table
 from serving import config as configuration
 from serving import demo, logs, pictures
 from serving.client import (
+    Bound,
+    CallOptions,
     Decoded,
     Encoded,
     EncodeOptions,
@@ -34,38 +42,161 @@ from serving.client import (
     ObservationOptions,
     OutputType,
     Sampled,
+    SampledChunk,
     SampleOptions,
+    Scored,
+    ScoreOptions,
     VaeClient,
     VaeError,
 )
-from serving.config import ServingConfig, address_of
+from serving.config import GatewayConfig, ServingConfig, address_of
 from serving.errors import StartupError
+from serving.gateway.credentials import is_loopback
+from serving.keys_command import keys_app
 from serving.typed_config import ConfigError
 
 DEFAULT_TARGET: Final = "localhost:50051"
 EXIT_CALL_FAILED: Final = 1
 EXIT_WRONG: Final = 2
 EXIT_INTERRUPTED: Final = 130
+KEY_VARIABLE: Final = "VAE_API_KEY"
 _MAX_SHOWN: Final = 64
+_NUM_ANOMALIES: Final = 5
+_PANEL: Final = "Connection"
 
 IMAGE_RANK: Final = 4
 """Dimensions of a row of images: (n, 1, height, width)."""
 
 T = TypeVar("T")
-OptionsT = TypeVar("OptionsT", EncodeOptions, ObservationOptions, SampleOptions)
+OptionsT = TypeVar("OptionsT", EncodeOptions, ObservationOptions, SampleOptions, ScoreOptions)
 
 out = Console()
 err = Console(stderr=True)
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Serve a variational autoencoder over gRPC, and call it."
 )
+app.add_typer(keys_app, name="keys")
 
-Target = Annotated[str, typer.Option(help="Address of the service.")]
-Timeout = Annotated[float, typer.Option(help="Deadline of a call, seconds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Out = Annotated[Path | None, typer.Option(help="File to write: .npy holds arrays, .npz several, .png a picture.")]
 Seed = Annotated[int | None, typer.Option(help="Seed; chosen by the service if absent.")]
 Input = Annotated[Path, typer.Argument(help="File of rows, .npy.")]
+
+
+def _option(*names: str, **settings: Any) -> Any:  # noqa: ANN401 - typer's own types
+    return typer.Option(*names, rich_help_panel=_PANEL, **settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Connection:
+    """How a command reaches the service: options that all client commands share.
+
+    Secrets come from files or the environment: whoever lists the processes of a machine reads their command lines.
+    """
+
+    target: Annotated[str, _option(help="Address of the service.")] = DEFAULT_TARGET
+    timeout: Annotated[float, _option(help="Deadline of a call, seconds.")] = 10.0
+    priority: Annotated[int | None, _option(min=1, max=3, help="3 lets others go first.")] = None
+    tls: Annotated[bool, _option("--tls", help="Speak TLS; --ca and --cert imply it.")] = False
+    ca: Annotated[Path | None, _option(help="Authorities that sign the service's certificate, PEM.")] = None
+    cert: Annotated[Path | None, _option(help="Own certificate for mutual TLS, PEM.")] = None
+    key: Annotated[Path | None, _option(help="Private key of --cert, PEM.")] = None
+    api_key_file: Annotated[
+        Path | None, _option(help=f"File that holds an API key. Without it, the variable {KEY_VARIABLE} counts.")
+    ] = None
+    token_file: Annotated[
+        Path | None, _option(help="File that holds a JSON Web Token; read again at each call.")
+    ] = None
+
+    def open(self) -> VaeClient:
+        """Return a client.
+
+        Raises:
+            ConfigError: If the options do not fit together, or a file is not what it should be.
+        """
+        if self.api_key_file and self.token_file:
+            raise ConfigError("give --api-key-file or --token-file, not both")
+        token: Callable[[], str] | None = None
+        api_key: str | None = None
+        if self.token_file:
+            token = functools.partial(_secret, self.token_file)
+            token()
+        elif self.api_key_file:
+            api_key = _secret(self.api_key_file)
+        else:
+            api_key = os.environ.get(KEY_VARIABLE) or None
+        credentials = self._credentials()
+        try:
+            return VaeClient(
+                self.target, timeout_s=self.timeout, credentials=credentials, api_key=api_key, token=token
+            )
+        except ValueError as error:
+            raise ConfigError(f"--target {self.target}: {error}") from None
+
+    @property
+    def options(self) -> CallOptions:
+        """What goes with each call."""
+        return {} if self.priority is None else {"priority": cast("Literal[1, 2, 3]", self.priority)}
+
+    def _credentials(self) -> grpc.ChannelCredentials | None:
+        if bool(self.cert) != bool(self.key):
+            raise ConfigError("--cert and --key go together")
+        if not (self.tls or self.ca or self.cert):
+            return None
+        # gRPC takes any bytes and then fails to connect without a reason; this reads the files to find one.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        ca, cert, key = (path.read_bytes() if path else None for path in (self.ca, self.cert, self.key))
+        try:
+            if self.ca:
+                context.load_verify_locations(self.ca)
+        except ssl.SSLError:
+            raise ConfigError(f"--ca {self.ca}: holds no certificates in PEM") from None
+        try:
+            if self.cert:
+                context.load_cert_chain(self.cert, self.key, password="")
+        except ssl.SSLError:
+            raise ConfigError(f"--cert {self.cert} --key {self.key}: no certificate and its key in PEM") from None
+        return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+def connected(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `Connection`, in place of its parameter `connection`."""
+    own = inspect.signature(command)
+    kinds = get_type_hints(Connection, include_extras=True)
+    options = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=kinds[field.name]
+        )
+        for field in dataclasses.fields(Connection)
+    ]
+
+    @functools.wraps(command)
+    def run_connected(**values: Any) -> None:  # noqa: ANN401 - whatever the options hold
+        given = {field.name: values.pop(field.name) for field in dataclasses.fields(Connection)}
+        command(connection=Connection(**given), **values)
+
+    kept = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in own.parameters.values()
+        if parameter.name != "connection"
+    ]
+    run_connected.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]  # typer reads it
+    return run_connected
+
+
+def _secret(path: Path) -> str:
+    """Return the one word that a file holds. Its text is never shown.
+
+    Raises:
+        ConfigError: If it cannot be read, or holds anything else.
+    """
+    try:
+        words = path.read_text("ascii").split()
+    except (OSError, ValueError):
+        raise ConfigError(f"{path}: cannot be read as a key or token") from None
+    if len(words) != 1:
+        raise ConfigError(f"{path}: expected one key or token, found {len(words)} words")
+    return words[0]
 
 
 @app.command()
@@ -117,29 +248,31 @@ def check(
 
 
 @app.command()
-def status(target: Target = DEFAULT_TARGET, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
+@connected
+def status(connection: Connection, as_json: AsJson = False) -> None:
     """Say whether the service is healthy and what it serves; exit code 1 if it is not."""
-    with VaeClient(target, timeout_s=timeout) as client:
-        _print(_facts(client.get_model()), as_json=as_json, title=f"{target} is SERVING")
+    with connection.open() as client:
+        model = client.get_model(**connection.options)
+        _print(_facts(model), as_json=as_json, title=f"{connection.target} is SERVING")
 
 
 @app.command()
+@connected
 def encode(
+    connection: Connection,
     data: Input,
     out_file: Annotated[Path | None, typer.Option("--out", help="File to write, .npz.")] = None,
     num_latents: Annotated[int, typer.Option(help="Draws from each posterior.")] = 0,
     seed: Seed = None,
-    target: Target = DEFAULT_TARGET,
-    timeout: Timeout = 10.0,
 ) -> None:
     """Encode rows of data (n, *data_shape): uint8 in 255ths, or floats in [0, 1]."""
     _check_out(out_file, ".npz")
     rows = _load(data)
-    with VaeClient(target, timeout_s=timeout) as client:
+    with connection.open() as client:
 
         def call(part: NDArray[Any], first_row: int, part_seed: int | None) -> Encoded:
             options: EncodeOptions = {"num_latents": num_latents, "first_row": first_row}
-            return client.encode(part, **_seeded(options, part_seed))
+            return client.encode(part, **_complete(options, connection, part_seed))
 
         parts = _in_parts(client, rows, call, seed, draws=max(1, num_latents))
     arrays = {"mean": _join(parts, "mean"), "log_var": _join(parts, "log_var")}
@@ -149,88 +282,127 @@ def encode(
 
 
 @app.command()
+@connected
 def decode(
+    connection: Connection,
     latents: Input,
     out_file: Annotated[Path | None, typer.Option("--out", help="File to write, .npy, .npz or .png.")] = None,
     observation: Annotated[Observation, typer.Option(help="mean or sample.")] = "mean",
     output_type: Annotated[OutputType, typer.Option(help="float32, float16 or uint8.")] = "float32",
     seed: Seed = None,
-    target: Target = DEFAULT_TARGET,
-    timeout: Timeout = 10.0,
 ) -> None:
     """Decode rows of latents (n, latent_dim)."""
     _check_out(out_file, ".npy", ".npz", ".png")
     rows = _load(latents)
-    with VaeClient(target, timeout_s=timeout) as client:
-        _reconstruct_in_parts(client, client.decode, rows, observation, output_type, seed, out_file)
+    with connection.open() as client:
+        options: ObservationOptions = {"observation": observation, "output_type": output_type}
+        _complete(options, connection, seed)
+        _reconstruct_in_parts(client, client.decode, rows, options, out_file)
 
 
 @app.command()
+@connected
 def reconstruct(
+    connection: Connection,
     data: Input,
     out_file: Annotated[Path | None, typer.Option("--out", help="File to write, .npy, .npz or .png.")] = None,
     observation: Annotated[Observation, typer.Option(help="mean or sample.")] = "mean",
     output_type: Annotated[OutputType, typer.Option(help="float32, float16 or uint8.")] = "float32",
     seed: Seed = None,
-    target: Target = DEFAULT_TARGET,
-    timeout: Timeout = 10.0,
 ) -> None:
     """Encode rows of data and decode the means of their posteriors."""
     _check_out(out_file, ".npy", ".npz", ".png")
     rows = _load(data)
-    with VaeClient(target, timeout_s=timeout) as client:
-        _reconstruct_in_parts(client, client.reconstruct, rows, observation, output_type, seed, out_file)
+    with connection.open() as client:
+        options: ObservationOptions = {"observation": observation, "output_type": output_type}
+        _complete(options, connection, seed)
+        _reconstruct_in_parts(client, client.reconstruct, rows, options, out_file)
 
 
 @app.command()
+@connected
 def sample(
-    num: Annotated[int, typer.Option(help="Samples to draw; drawn in several calls above the limit of one.")] = 16,
+    connection: Connection,
+    num: Annotated[
+        int, typer.Option(help="Samples to draw; they come as a stream above the limit of one call.")
+    ] = 16,
     out_file: Annotated[Path | None, typer.Option("--out", help="File to write, .npy, .npz or .png.")] = None,
     temperature: Annotated[float, typer.Option(help="Standard deviation of the latents, in [0, 10].")] = 1.0,
     observation: Annotated[Observation, typer.Option(help="mean or sample.")] = "mean",
     output_type: Annotated[OutputType, typer.Option(help="float32, float16 or uint8.")] = "float32",
     seed: Seed = None,
-    target: Target = DEFAULT_TARGET,
-    timeout: Timeout = 10.0,
 ) -> None:
     """Draw new data from the prior."""
     _check_out(out_file, ".npy", ".npz", ".png")
-    with VaeClient(target, timeout_s=timeout) as client:
-
-        def call(first_row: int, num_rows: int, part_seed: int | None) -> Sampled:
-            options: SampleOptions = {
-                "observation": observation,
-                "output_type": output_type,
-                "first_row": first_row,
-                "temperature": temperature,
-            }
-            return client.sample(num_rows, **_seeded(options, part_seed))
-
-        limit = int(client.get_model().limits["max_rows"])
-        first = call(0, min(num, limit), seed)
-        later = _progress(range(limit, num, limit), "sampling")
-        parts = [first, *(call(start, min(limit, num - start), first.seed) for start in later)]
-    facts = {"model_version": first.model_version, "seed": first.seed}
+    options: SampleOptions = {
+        "observation": observation,
+        "output_type": output_type,
+        "temperature": temperature,
+    }
+    _complete(options, connection, seed)
+    parts: Sequence[Sampled | SampledChunk]
+    with connection.open() as client:
+        if num <= client.get_model(**connection.options).limits["max_rows"]:
+            parts = [client.sample(num, **options)]
+        else:
+            parts = list(client.sample_stream(num, progress=True, **options))
+    facts = {"model_version": parts[0].model_version, "seed": parts[0].seed}
     _deliver({"samples": _join(parts, "samples")}, out_file, facts)
 
 
 @app.command()
+@connected
+def score(
+    connection: Connection,
+    data: Input,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="File to write: .npy the scores, .npz all.")
+    ] = None,
+    bound: Annotated[Bound, typer.Option(help="elbo or importance-weighted.")] = "elbo",
+    num_latents: Annotated[int, typer.Option(help="Draws from each posterior; more say more.")] = 1,
+    seed: Seed = None,
+) -> None:
+    """Bound log p(x) of rows of data from below, in nats; name the rows that are most unusual."""
+    _check_out(out_file, ".npy", ".npz")
+    rows = _load(data)
+    with connection.open() as client:
+
+        def call(part: NDArray[Any], first_row: int, part_seed: int | None) -> Scored:
+            options: ScoreOptions = {"bound": bound, "num_latents": num_latents, "first_row": first_row}
+            return client.score(part, **_complete(options, connection, part_seed))
+
+        parts = _in_parts(client, rows, call, seed, draws=max(1, num_latents))
+    arrays = {name: _join(parts, name) for name in ("score", "log_likelihood", "kl")}
+    scores = arrays["score"]
+    lowest = np.argsort(scores, kind="stable")[:_NUM_ANOMALIES]
+    facts = {
+        "model_version": parts[0].model_version,
+        "seed": parts[0].seed,
+        "mean_score": round(float(scores.mean(dtype=np.float64)), 4),
+        "most_anomalous": [{"row": int(row), "score": round(float(scores[row]), 4)} for row in lowest],
+    }
+    _deliver(arrays, out_file, facts)
+
+
+@app.command()
+@connected
 def interpolate(
+    connection: Connection,
     ends: Annotated[Path, typer.Argument(help="File of two or more rows, .npy: a path from each to the next.")],
     out_file: Annotated[Path | None, typer.Option("--out", help="File to write, .npy, .npz or .png.")] = None,
     num_steps: Annotated[int, typer.Option(help="Points on each path, both ends included.")] = 10,
     kind: Annotated[Literal["data", "latents"], typer.Option(help="What the rows are: data or latents.")] = "data",
     path: Annotated[Interpolation, typer.Option(help="linear or spherical.")] = "linear",
-    target: Target = DEFAULT_TARGET,
-    timeout: Timeout = 10.0,
 ) -> None:
     """Decode points between consecutive rows."""
     _check_out(out_file, ".npy", ".npz", ".png")
     rows = _load(ends)
     if len(rows) < 2:  # noqa: PLR2004 - a path has two ends
         raise ConfigError(f"{ends}: a path needs two rows, this holds {len(rows)}")
-    with VaeClient(target, timeout_s=timeout) as client:
-        result = client.interpolate(rows[:-1], rows[1:], num_steps, kind=kind, interpolation=path)
+    with connection.open() as client:
+        result = client.interpolate(
+            rows[:-1], rows[1:], num_steps, kind=kind, interpolation=path, **connection.options
+        )
     _deliver({"observations": result.observations}, out_file, {"model_version": result.model_version})
 
 
@@ -280,9 +452,32 @@ async def _up_in_process(settings: ServingConfig) -> None:
 def _welcome(settings: ServingConfig, port: int) -> None:
     target = address_of(settings.gateway.host, port)
     _tell(f"SERVING at {target} ({settings.engine} engine); Ctrl-C drains and stops")
+    secured, options = _security(settings.gateway)
+    _tell(f"  secured: {secured}")
     program = sys.argv[0] if Path(sys.argv[0]).name == "vae-serve" else "vae-serve"  # as it was called
-    _tell(f"  try: {program} status --target {target}")
-    _tell(f"  try: {program} sample --num 32 --seed 1 --out samples.png --target {target}")
+    for command in ("status", "sample --num 32 --seed 1 --out samples.png"):
+        _tell(" ".join([f"  try: {program} {command} --target {target}", *options]))
+
+
+def _security(gateway: GatewayConfig) -> tuple[str, list[str]]:
+    """Return how the service is secured and who may call, and the options that a caller needs for it."""
+    tls, auth = gateway.tls, gateway.auth
+    transport = "plaintext on loopback" if is_loopback(gateway.host) else "plaintext, as allowed"
+    ways, options = [], []
+    if tls.certificate:
+        transport = "mutual TLS" if tls.client_ca else "TLS"
+        options.append("--ca CA.pem")
+    if tls.client_ca:
+        ways.append("a client certificate")
+        options.append("--cert CERT.pem --key KEY.pem")
+    if auth.api_keys_file or auth.api_keys_variable in os.environ:
+        ways.append("an API key")
+        options.append("--api-key-file FILE")
+    if auth.jwt is not None:
+        ways.append("a token")
+        options += [] if "--api-key-file FILE" in options else ["--token-file FILE"]
+    who = f"callers need {' or '.join(ways)}" if ways else "anybody may call"
+    return f"{transport}; {who}", options
 
 
 def _tell(line: str) -> None:
@@ -317,11 +512,10 @@ def _load(path: Path) -> NDArray[Any]:
     return array
 
 
-def _options(observation: Observation, output_type: OutputType, first_row: int) -> ObservationOptions:
-    return {"observation": observation, "output_type": output_type, "first_row": first_row}
-
-
-def _seeded(options: OptionsT, seed: int | None) -> OptionsT:
+def _complete(options: OptionsT, connection: Connection, seed: int | None) -> OptionsT:
+    """Add the seed and what goes with each call, where they are given."""
+    if (priority := connection.options.get("priority")) is not None:
+        options["priority"] = priority
     if seed is not None:
         options["seed"] = seed
     return options
@@ -354,17 +548,18 @@ def _reconstruct_in_parts(
     client: VaeClient,
     method: Callable[..., Decoded],
     rows: NDArray[Any],
-    observation: Observation,
-    output_type: OutputType,
-    seed: int | None,
+    options: ObservationOptions,
     out_file: Path | None,
 ) -> None:
     """Call `decode` or `reconstruct` on all rows and deliver what comes back."""
 
     def call(part: NDArray[Any], first_row: int, part_seed: int | None) -> Decoded:
-        return method(part, **_seeded(_options(observation, output_type, first_row), part_seed))
+        options["first_row"] = first_row
+        if part_seed is not None:
+            options["seed"] = part_seed
+        return method(part, **options)
 
-    parts = _in_parts(client, rows, call, seed)
+    parts = _in_parts(client, rows, call, options.get("seed"))
     facts = {"model_version": parts[0].model_version, "seed": parts[0].seed}
     _deliver({"reconstruction": _join(parts, "reconstruction")}, out_file, facts)
 

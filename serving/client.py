@@ -1,7 +1,14 @@
 """NumPy in, NumPy out: the client of the service, and its asyncio twin. Needs grpcio, protobuf and numpy alone."""
 
+import asyncio
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+import random
+import re
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Generic, Literal, NamedTuple, Self, TypedDict, TypeVar, Unpack
@@ -18,6 +25,9 @@ from serving.tensors import Array, from_message, to_message
 Observation = Literal["mean", "sample"]
 OutputType = Literal["float32", "float16", "uint8"]
 Interpolation = Literal["linear", "spherical"]
+Bound = Literal["elbo", "importance-weighted"]
+Token = str | Callable[[], str]
+Metadata = tuple[tuple[str, str], ...]
 
 T = TypeVar("T")
 
@@ -32,6 +42,16 @@ _TYPES: Final = {
 }
 _OBSERVATIONS: Final = {"mean": pb.OBSERVATION_MEAN, "sample": pb.OBSERVATION_SAMPLE}
 _PATHS: Final = {"linear": pb.INTERPOLATION_LINEAR, "spherical": pb.INTERPOLATION_SPHERICAL}
+_BOUNDS: Final = {"elbo": pb.BOUND_ELBO, "importance-weighted": pb.BOUND_IMPORTANCE_WEIGHTED}
+_PRIORITIES: Final = (1, 2, 3)
+_RESUME_AFTER_S: Final = (0.2, 1.0, 5.0)
+"""Longest waits before a stream is asked for again, while no chunk comes; then it is given up."""
+
+_LOOPBACK: Final = re.compile(
+    r"(dns:(///)?)?localhost(:\d+)?|((dns:(///)?)|ipv4:)?127(\.\d{1,3}){3}(:\d+)?"
+    r"|((dns:(///)?)|ipv6:)?\[::1\](:\d+)?|unix(-abstract)?:.+"
+)
+_BEARER: Final = re.compile(r"[!-~]+")
 
 SERVICE_CONFIG: Final[Mapping[str, Any]] = {
     "loadBalancingConfig": [{"round_robin": {}}],
@@ -47,12 +67,14 @@ SERVICE_CONFIG: Final[Mapping[str, Any]] = {
                 "backoffMultiplier": 2,
                 "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
             },
-        }
+        },
+        {"name": [{"service": SERVICE, "method": "SampleStream"}], "waitForReady": True},
     ],
     "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
 }
 """How any gRPC client should call the service: every call is pure, so it may be repeated. Backends that say
-NOT_SERVING get no calls (`healthCheckConfig` works with `round_robin` only)."""
+NOT_SERVING get no calls (`healthCheckConfig` works with `round_robin` only). A stream is not repeated by gRPC,
+which could do so before its first message only: whoever reads it knows from which row on to ask again."""
 
 
 class VaeError(Exception):
@@ -89,6 +111,14 @@ class InvalidArgument(VaeError, ValueError):
     """The request cannot be answered as it is; `field` and the message say what to change."""
 
 
+class Unauthenticated(VaeError):
+    """The service wants credentials, and got none or none that are valid."""
+
+
+class PermissionDenied(VaeError):
+    """The service knows the caller, who may not do this."""
+
+
 class ModelNotFound(VaeError):
     """The model version asked for is not loaded."""
 
@@ -107,6 +137,8 @@ class DeadlineExceeded(VaeError, TimeoutError):
 
 _ERRORS: Final[Mapping[grpc.StatusCode, type[VaeError]]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.NOT_FOUND: ModelNotFound,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
@@ -137,6 +169,26 @@ class Sampled(NamedTuple):
 
     samples: Array
     latents: Array | None
+    seed: int
+    model_version: str
+
+
+class SampledChunk(NamedTuple):
+    """Consecutive draws from the prior, as for `Sampled`, and the number of the first in the seed's sequence."""
+
+    first_row: int
+    samples: Array
+    latents: Array | None
+    seed: int
+    model_version: str
+
+
+class Scored(NamedTuple):
+    """Lower bounds `score` on log p(x), and their parts `log_likelihood` and `kl`: each (n,) float32, in nats."""
+
+    score: Array
+    log_likelihood: Array
+    kl: Array
     seed: int
     model_version: str
 
@@ -173,7 +225,10 @@ class CallOptions(TypedDict, total=False):
     """Version the model must have; any by default."""
 
     timeout_s: float
-    """Deadline, seconds; the client's by default."""
+    """Deadline, seconds; the client's by default. Of a stream: of all of it; none by default."""
+
+    priority: Literal[1, 2, 3]
+    """3 lets others go first and is shed first; a call can step back from its method's own, never ahead."""
 
 
 class EncodeOptions(CallOptions, total=False):
@@ -218,6 +273,32 @@ class SampleOptions(ObservationOptions, total=False):
     """Whether the latents are returned too."""
 
 
+class SampleStreamOptions(SampleOptions, total=False):
+    """What `sample_stream` takes."""
+
+    max_chunk_rows: int
+    """Most rows in one chunk; about a megabyte by default."""
+
+    progress: bool
+    """Whether a bar is shown on a terminal, which needs the package rich."""
+
+
+class ScoreOptions(CallOptions, total=False):
+    """What `score` takes."""
+
+    bound: Bound
+    """Evidence lower bound (default), or the tighter importance-weighted bound."""
+
+    num_latents: int
+    """Draws from each posterior that the bound is estimated with; 1 by default."""
+
+    seed: int
+    """Seed of the draws, in [0, 2^64); chosen by the service by default."""
+
+    first_row: int
+    """Number of the first row in the seed's endless sequence; 0 by default."""
+
+
 class InterpolateOptions(CallOptions, total=False):
     """What `interpolate` takes."""
 
@@ -240,8 +321,13 @@ class VaeClient:
     Args:
         target: Address, such as "localhost:50051" or "dns:///vae.example:50051".
         timeout_s: Deadline of a call unless it brings its own, seconds.
-        credentials: Transport security; plaintext if absent.
+        credentials: Transport security, such as `grpc.ssl_channel_credentials(ca)`; plaintext if absent.
+        api_key: API key that says who calls.
+        token: JSON Web Token instead, or a quick function that returns the current one, asked at every call.
         options: Further gRPC channel arguments.
+
+    Raises:
+        ValueError: If a key or a token is to be sent in plaintext to another machine, or both are given.
 
     Example:
         with VaeClient("localhost:50051") as client:
@@ -254,9 +340,12 @@ class VaeClient:
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         credentials: grpc.ChannelCredentials | None = None,
+        api_key: str | None = None,
+        token: Token | None = None,
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
-        arguments = _arguments(options)
+        self._bearer = _bearer(api_key, token, may_leave=credentials is not None or _is_loopback(target))
+        arguments = _arguments(options, is_private=self._bearer is not None)
         self._channel = (
             grpc.secure_channel(target, credentials, arguments)
             if credentials
@@ -277,6 +366,16 @@ class VaeClient:
         """Close the channel."""
         self._channel.close()
 
+    def wait_until_ready(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Return once the service can be reached and is healthy."""
+        ready = grpc.channel_ready_future(self._channel)
+        try:
+            ready.result(timeout_s)
+        except grpc.FutureTimeoutError:
+            raise _not_ready(timeout_s) from None
+        finally:
+            ready.cancel()
+
     def get_model(self, **options: Unpack[CallOptions]) -> Model:
         """Return what is known of the loaded model; wait for the service up to the deadline."""
         return self._call(_get_model(options))
@@ -293,9 +392,28 @@ class VaeClient:
         """Return draws from the prior, decoded. The same seed gives the same samples."""
         return self._call(_sample(num_samples, options))
 
+    def sample_stream(
+        self, num_samples: int, **options: Unpack[SampleStreamOptions]
+    ) -> Generator[SampledChunk, None, None]:
+        """Draw any number of samples, chunk by chunk, each row once and in order.
+
+        A stream that breaks is asked for again from the first row that is missing, with the same seed and model
+        version; after four attempts in a row that bring no chunk, the error of the last is raised. Close the
+        iterator to stop early.
+
+        Raises:
+            ModelNotFound: If the model was replaced meanwhile: rows of two models are never mixed.
+            ImportError: If a progress bar is asked for and rich is not installed.
+        """
+        return self._chunks(_Stream(num_samples, options))
+
     def reconstruct(self, data: ArrayLike, **options: Unpack[ObservationOptions]) -> Decoded:
         """Return the decoded posterior means of data (n, *data_shape), as for `encode`."""
         return self._call(_reconstruct(data, options))
+
+    def score(self, data: ArrayLike, **options: Unpack[ScoreOptions]) -> Scored:
+        """Return lower bounds on log p(x) of data (n, *data_shape), as for `encode`: low for unusual rows."""
+        return self._call(_score(data, options))
 
     def interpolate(
         self, start: ArrayLike, end: ArrayLike, num_steps: int, **options: Unpack[InterpolateOptions]
@@ -305,10 +423,34 @@ class VaeClient:
 
     def _call(self, plan: "_Plan[T]") -> T:
         timeout_s = plan.options.get("timeout_s", self._timeout_s)
+        metadata = _metadata(self._bearer, plan.options)
         try:
-            return plan.read(getattr(self._stub, plan.method)(plan.request, timeout=timeout_s))
+            return plan.read(getattr(self._stub, plan.method)(plan.request, timeout=timeout_s, metadata=metadata))
         except grpc.RpcError as error:
             raise _error(error) from None
+
+    def _chunks(self, stream: "_Stream") -> Generator[SampledChunk, None, None]:
+        with stream.bar() as advance:
+            while True:
+                self.wait_until_ready(min(self._timeout_s, stream.remaining_s))
+                timeout_s = stream.remaining_s if stream.is_limited else None
+                metadata = _metadata(self._bearer, stream.options)
+                call = self._stub.SampleStream(
+                    stream.request, timeout=timeout_s, metadata=metadata, wait_for_ready=False
+                )
+                try:
+                    for response in call:
+                        chunk = stream.take(response)
+                        advance(len(chunk.samples))
+                        yield chunk
+                    stream.end()
+                except grpc.RpcError as error:
+                    delay_s = stream.delay_after(_error(error))
+                else:
+                    return
+                finally:
+                    call.cancel()
+                time.sleep(delay_s)
 
 
 class AsyncVaeClient:
@@ -317,8 +459,13 @@ class AsyncVaeClient:
     Args:
         target: Address, such as "localhost:50051" or "dns:///vae.example:50051".
         timeout_s: Deadline of a call unless it brings its own, seconds.
-        credentials: Transport security; plaintext if absent.
+        credentials: Transport security, such as `grpc.ssl_channel_credentials(ca)`; plaintext if absent.
+        api_key: API key that says who calls.
+        token: JSON Web Token instead, or a quick function that returns the current one, asked at every call.
         options: Further gRPC channel arguments.
+
+    Raises:
+        ValueError: If a key or a token is to be sent in plaintext to another machine, or both are given.
     """
 
     def __init__(
@@ -327,9 +474,12 @@ class AsyncVaeClient:
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         credentials: grpc.ChannelCredentials | None = None,
+        api_key: str | None = None,
+        token: Token | None = None,
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
-        arguments = _arguments(options)
+        self._bearer = _bearer(api_key, token, may_leave=credentials is not None or _is_loopback(target))
+        arguments = _arguments(options, is_private=self._bearer is not None)
         self._channel = (
             grpc.aio.secure_channel(target, credentials, arguments)
             if credentials
@@ -350,6 +500,13 @@ class AsyncVaeClient:
         """Close the channel."""
         await self._channel.close()
 
+    async def wait_until_ready(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Return once the service can be reached and is healthy."""
+        try:
+            await asyncio.wait_for(self._channel.channel_ready(), timeout_s)
+        except TimeoutError:
+            raise _not_ready(timeout_s) from None
+
     async def get_model(self, **options: Unpack[CallOptions]) -> Model:
         """Return what is known of the loaded model; wait for the service up to the deadline."""
         return await self._call(_get_model(options))
@@ -366,9 +523,28 @@ class AsyncVaeClient:
         """Return draws from the prior, decoded. The same seed gives the same samples."""
         return await self._call(_sample(num_samples, options))
 
+    def sample_stream(
+        self, num_samples: int, **options: Unpack[SampleStreamOptions]
+    ) -> AsyncGenerator[SampledChunk, None]:
+        """Draw any number of samples, chunk by chunk, each row once and in order.
+
+        A stream that breaks is asked for again from the first row that is missing, with the same seed and model
+        version; after four attempts in a row that bring no chunk, the error of the last is raised. Close the
+        iterator to stop early.
+
+        Raises:
+            ModelNotFound: If the model was replaced meanwhile: rows of two models are never mixed.
+            ImportError: If a progress bar is asked for and rich is not installed.
+        """
+        return self._chunks(_Stream(num_samples, options))
+
     async def reconstruct(self, data: ArrayLike, **options: Unpack[ObservationOptions]) -> Decoded:
         """Return the decoded posterior means of data (n, *data_shape), as for `encode`."""
         return await self._call(_reconstruct(data, options))
+
+    async def score(self, data: ArrayLike, **options: Unpack[ScoreOptions]) -> Scored:
+        """Return lower bounds on log p(x) of data (n, *data_shape), as for `encode`: low for unusual rows."""
+        return await self._call(_score(data, options))
 
     async def interpolate(
         self, start: ArrayLike, end: ArrayLike, num_steps: int, **options: Unpack[InterpolateOptions]
@@ -378,10 +554,36 @@ class AsyncVaeClient:
 
     async def _call(self, plan: "_Plan[T]") -> T:
         timeout_s = plan.options.get("timeout_s", self._timeout_s)
+        metadata = _metadata(self._bearer, plan.options)
         try:
-            return plan.read(await getattr(self._stub, plan.method)(plan.request, timeout=timeout_s))
+            return plan.read(
+                await getattr(self._stub, plan.method)(plan.request, timeout=timeout_s, metadata=metadata)
+            )
         except grpc.RpcError as error:
             raise _error(error) from None
+
+    async def _chunks(self, stream: "_Stream") -> AsyncGenerator[SampledChunk, None]:
+        with stream.bar() as advance:
+            while True:
+                await self.wait_until_ready(min(self._timeout_s, stream.remaining_s))
+                timeout_s = stream.remaining_s if stream.is_limited else None
+                metadata = _metadata(self._bearer, stream.options)
+                call = self._stub.SampleStream(
+                    stream.request, timeout=timeout_s, metadata=metadata, wait_for_ready=False
+                )
+                try:
+                    async for response in call:
+                        chunk = stream.take(response)
+                        advance(len(chunk.samples))
+                        yield chunk
+                    stream.end()
+                except grpc.RpcError as error:
+                    delay_s = stream.delay_after(_error(error))
+                else:
+                    return
+                finally:
+                    call.cancel()
+                await asyncio.sleep(delay_s)
 
 
 class _Plan(NamedTuple, Generic[T]):
@@ -391,6 +593,105 @@ class _Plan(NamedTuple, Generic[T]):
     request: Message
     options: CallOptions
     read: Callable[[Any], T]
+
+
+class _Stream:
+    """What came of a stream, what is missing, and whether to ask again. Shared by both clients.
+
+    Args:
+        num_samples: Rows to draw.
+        options: Of the caller.
+    """
+
+    def __init__(self, num_samples: int, options: SampleStreamOptions) -> None:
+        _check_names(options, SampleStreamOptions)
+        _metadata(None, options)
+        self.options = options
+        self.request = pb.SampleStreamRequest(
+            max_chunk_rows=_unsigned("max_chunk_rows", options.get("max_chunk_rows", 0), bits=32),
+            **_prior(num_samples, options, bits=64),
+        )
+        """Asks for what is missing."""
+        if not self.request.HasField("seed"):
+            self.request.seed = secrets.randbits(64)  # ours, so that it is known before the first chunk
+        self._total = num_samples
+        self._expires_at = time.monotonic() + options.get("timeout_s", math.inf)
+        self._num_failures = 0
+        if options.get("progress"):
+            _require_rich()
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether the caller gave a deadline."""
+        return self._expires_at < math.inf
+
+    @property
+    def remaining_s(self) -> float:
+        """Time until the deadline, seconds."""
+        return max(0.0, self._expires_at - time.monotonic())
+
+    def take(self, response: pb.SampleStreamResponse) -> SampledChunk:
+        """Return a chunk, and count it as come.
+
+        Raises:
+            VaeError: If it is not what comes next.
+        """
+        chunk = SampledChunk(
+            first_row=response.first_row,
+            samples=_output(response.samples),
+            latents=_output(response.latents) if response.HasField("latents") else None,
+            seed=response.seed,
+            model_version=response.model_version,
+        )
+        request, num_rows = self.request, len(chunk.samples)
+        if (chunk.first_row, chunk.seed) != (request.first_row, request.seed) or num_rows > request.num_samples:
+            raise _data_loss(f"expected row {request.first_row} next, got {num_rows} from {chunk.first_row} on")
+        request.first_row += num_rows
+        request.num_samples -= num_rows
+        request.model_version = response.model_version
+        self._num_failures = 0
+        return chunk
+
+    def end(self) -> None:
+        """Check that nothing is missing.
+
+        Raises:
+            VaeError: If something is.
+        """
+        if self.request.num_samples:
+            raise _data_loss(f"the stream ended {self.request.num_samples} rows early")
+
+    def delay_after(self, error: VaeError) -> float:
+        """Return how long to wait before asking again, seconds.
+
+        Raises:
+            VaeError: The error, if asking again is of no use.
+        """
+        # A deadline that is not ours is the service's own limit of a stream, or we read too slowly for it.
+        passes = isinstance(error, Unavailable | DeadlineExceeded) or error.retry_after_s is not None
+        if not passes or self._num_failures >= len(_RESUME_AFTER_S):
+            raise error from None
+        jitter = random.uniform(0.5, 1)  # noqa: S311 - spreads callers, guards nothing
+        delay_s = max(_RESUME_AFTER_S[self._num_failures] * jitter, error.retry_after_s or 0)
+        if delay_s >= self.remaining_s:
+            raise error from None
+        self._num_failures += 1
+        return delay_s
+
+    @contextlib.contextmanager
+    def bar(self) -> Iterator[Callable[[int], object]]:
+        """Show a bar if the caller wants one; yield what moves it by a number of rows."""
+        if not self.options.get("progress"):
+            yield lambda _num_rows: None
+            return
+        from rich.console import Console  # noqa: PLC0415 - only who wants a bar needs rich
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn  # noqa: PLC0415
+
+        console = Console(stderr=True)
+        columns = ("sampling", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task("sampling", total=self._total)
+            yield lambda num_rows: progress.advance(task, num_rows)
 
 
 def _get_model(options: CallOptions) -> _Plan[Model]:
@@ -419,13 +720,17 @@ def _decode(latents: ArrayLike, options: ObservationOptions) -> _Plan[Decoded]:
 
 def _sample(num_samples: int, options: SampleOptions) -> _Plan[Sampled]:
     _check_names(options, SampleOptions)
-    request = pb.SampleRequest(
-        num_samples=_unsigned("num_samples", num_samples, bits=32),
-        temperature=options.get("temperature", 1.0),
-        include_latents=options.get("include_latents", False),
+    return _Plan("Sample", pb.SampleRequest(**_prior(num_samples, options, bits=32)), options, _read_sampled)
+
+
+def _prior(num_samples: int, options: SampleOptions, *, bits: int) -> dict[str, Any]:
+    """Return the fields of both requests for draws from the prior."""
+    return {
+        "num_samples": _unsigned("num_samples", num_samples, bits=bits),
+        "temperature": options.get("temperature", 1.0),
+        "include_latents": options.get("include_latents", False),
         **_observation(options),
-    )
-    return _Plan("Sample", request, options, _read_sampled)
+    }
 
 
 def _observation(options: ObservationOptions) -> dict[str, Any]:
@@ -443,6 +748,19 @@ def _reconstruct(data: ArrayLike, options: ObservationOptions) -> _Plan[Decoded]
     _check_names(options, ObservationOptions)
     request = pb.ReconstructRequest(data=_input(data), **_observation(options))
     return _Plan("Reconstruct", request, options, _read_decoded)
+
+
+def _score(data: ArrayLike, options: ScoreOptions) -> _Plan[Scored]:
+    _check_names(options, ScoreOptions)
+    request = pb.ScoreRequest(
+        data=_input(data),
+        bound=_word(_BOUNDS, "bound", options.get("bound", "elbo")),
+        num_latents=_unsigned("num_latents", options.get("num_latents", 1), bits=32),
+        seed=_seed(options),
+        first_row=_unsigned("first_row", options.get("first_row", 0), bits=64),
+        model_version=options.get("model_version", ""),
+    )
+    return _Plan("Score", request, options, _read_scored)
 
 
 def _interpolate(
@@ -508,6 +826,16 @@ def _read_sampled(response: pb.SampleResponse) -> Sampled:
     )
 
 
+def _read_scored(response: pb.ScoreResponse) -> Scored:
+    return Scored(
+        score=_output(response.score),
+        log_likelihood=_output(response.log_likelihood),
+        kl=_output(response.kl),
+        seed=response.seed,
+        model_version=response.model_version,
+    )
+
+
 def _read_interpolated(response: pb.InterpolateResponse) -> Interpolated:
     return Interpolated(
         observations=_output(response.observations),
@@ -516,13 +844,68 @@ def _read_interpolated(response: pb.InterpolateResponse) -> Interpolated:
     )
 
 
-def _arguments(extra: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+def _arguments(extra: Sequence[tuple[str, Any]], *, is_private: bool) -> list[tuple[str, Any]]:
+    """Return the channel's arguments. What is private goes through no proxy that the environment names."""
     return [
+        *([("grpc.enable_http_proxy", 0)] if is_private else ()),
         ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
         ("grpc.max_receive_message_length", _UNLIMITED),  # the server bounds its answers
         ("grpc.max_send_message_length", _UNLIMITED),  # the server says what is too large
+        (
+            "grpc.keepalive_time_ms",
+            320_000,
+        ),  # a stream whose peer vanished ends; the server wants 300 s of silence
+        ("grpc.keepalive_timeout_ms", 20_000),
         *extra,
     ]
+
+
+def _bearer(api_key: str | None, token: Token | None, *, may_leave: bool) -> Callable[[], str] | None:
+    """Return what says who calls, if anything does.
+
+    Raises:
+        ValueError: If there are two credentials, or they would leave this machine in plaintext.
+    """
+    if api_key is not None and token is not None:
+        raise ValueError("give an api_key or a token, not both")
+    given = token if api_key is None else api_key
+    if given is None:
+        return None
+    if not may_leave:
+        raise ValueError("a key or token is never sent in plaintext to another machine; give credentials (TLS)")
+    if callable(given):
+        return given
+    _check_bearer(given)
+    return lambda: given
+
+
+def _check_bearer(given: str) -> str:
+    """Return a key or token that a header can hold; whatever is wrong with it, the text does not show it."""
+    if not _BEARER.fullmatch(given):
+        raise ValueError("a key or token is one word of printable ASCII; it may have come with spaces or newlines")
+    return given
+
+
+def _is_loopback(target: str) -> bool:
+    """Return whether a target can only be this machine."""
+    return _LOOPBACK.fullmatch(target) is not None
+
+
+def _metadata(bearer: Callable[[], str] | None, options: CallOptions) -> Metadata | None:
+    """Return what goes beside the request. Not as call credentials: gRPC asks those on a thread for each call."""
+    metadata: Metadata = () if bearer is None else (("authorization", f"Bearer {_check_bearer(bearer())}"),)
+    if (priority := options.get("priority")) is not None:
+        if priority not in _PRIORITIES:
+            raise _out_of_range("priority", "1, 2 or 3", str(priority))
+        metadata += (("vae-priority", str(priority)),)
+    return metadata or None
+
+
+def _require_rich() -> None:
+    try:
+        import rich.progress  # noqa: F401, PLC0415 - only who wants a bar needs it
+    except ModuleNotFoundError:
+        raise ImportError("a progress bar needs rich: pip install rich") from None
 
 
 def _input(values: ArrayLike) -> pb.Tensor:
@@ -557,7 +940,7 @@ def _out_of_range(field: str, expected: str, actual: str) -> InvalidArgument:
     return InvalidArgument(grpc.StatusCode.INVALID_ARGUMENT, message, reason="OUT_OF_RANGE", field=field)
 
 
-def _seed(options: EncodeOptions | ObservationOptions) -> int | None:
+def _seed(options: EncodeOptions | ObservationOptions | ScoreOptions) -> int | None:
     seed = options.get("seed")
     return None if seed is None else _unsigned("seed", seed, bits=64)
 
@@ -567,6 +950,15 @@ def _unsigned(field: str, value: int, *, bits: int) -> int:
     if not 0 <= value < 2**bits:
         raise _out_of_range(field, f"a number in [0, 2^{bits})", str(value))
     return value
+
+
+def _not_ready(timeout_s: float) -> DeadlineExceeded:
+    message = f"the service was not ready within {timeout_s:g} s"
+    return DeadlineExceeded(grpc.StatusCode.DEADLINE_EXCEEDED, message)
+
+
+def _data_loss(message: str) -> VaeError:
+    return VaeError(grpc.StatusCode.DATA_LOSS, message)
 
 
 def _error(error: grpc.RpcError) -> VaeError:

@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 NUM_IMAGES: Final = 12
 NUM_SAMPLES: Final = 48
+NUM_STREAMED: Final = 10_000
 NUM_PATHS: Final = 4
 SEED: Final = 1
 
@@ -93,6 +94,13 @@ def _call_everything(client: VaeClient, data: NDArray[Any], out_dir: Path, table
         lambda: client.sample(NUM_SAMPLES, seed=SEED),
         lambda s: s.samples.shape,
     )
+    timed(
+        "SampleStream",
+        f"{NUM_STREAMED}, seed {SEED}",
+        lambda: [chunk.samples for chunk in client.sample_stream(NUM_STREAMED, seed=SEED)],
+        lambda chunks: f"{len(chunks)} chunks {np.concatenate(chunks).shape}",
+    )
+    timed("Score", images.shape, lambda: client.score(images, seed=SEED), lambda s: f"ELBO {s.score.shape}")
     paths = timed(
         "Interpolate",
         f"{NUM_PATHS} pairs, {NUM_IMAGES} steps",

@@ -9,14 +9,29 @@ ServingError
 │   ├── SizeMismatch
 │   ├── NotFinite
 │   ├── OutOfRange
-│   └── TooManyRows
+│   ├── TooManyRows
+│   ├── UnknownTensor
+│   └── MixedContents
+├── UnknownModel            the caller must ask for a model that exists
 ├── UnknownModelVersion     the caller must ask for the loaded version
-├── QueueFull               the caller must wait and repeat
+├── Unauthenticated         the caller must bring valid credentials
+├── MetadataTooLarge        the caller must send less beside the body
+├── PermissionDenied        the caller may not call this method
+├── MethodDisabled          an operator must switch the method on
+├── Busy                    the caller must wait and repeat; carries for how long
+│   ├── QueueFull
+│   └── RateLimited
+├── ModelUnloaded           an operator took the model out of service
+├── Draining                the caller must go on with another server
 ├── EngineUnavailable       the caller may repeat; an operator may have to look
 ├── DeadlineExceeded        the caller gave too little time, or the service is slow
+├── DeadlineTooShort        the caller gave too little time: the call was not begun
+├── RequestStalled          the caller did not send its request in time
+├── ResponseStalled         the caller did not read the answer in time
 └── StartupError            the operator must act; the process does not start
     ├── BundleError
     ├── PortTaken
+    ├── CredentialsError
     ├── ProviderUnavailable
     └── ServiceFailed
 """
@@ -117,6 +132,31 @@ class TooManyRows(InvalidRequest):
         self.limit, self.actual = limit, actual
 
 
+class UnknownTensor(InvalidRequest):
+    """An input or output is named that the model does not have, or one that it needs is absent or named twice."""
+
+    def __init__(self, field: str, *, text: str) -> None:
+        super().__init__(field, text)
+        self.text = text
+
+
+class MixedContents(InvalidRequest):
+    """Tensor contents are given in two ways at once, or in a way their type does not allow."""
+
+    def __init__(self, field: str, *, text: str) -> None:
+        super().__init__(field, text)
+        self.text = text
+
+
+class UnknownModel(ServingError):
+    """The model asked for does not exist. The wording is Triton's: clients match on it."""
+
+    def __init__(self, *, model: str, version: str = "") -> None:
+        which = f"'{model[:64]}' version {version[:16]}" if version else f"'{model[:64]}'"
+        super().__init__(f"Request for unknown model: {which} is not found")
+        self.model, self.version = model, version
+
+
 class UnknownModelVersion(ServingError):
     """The model version asked for is not loaded."""
 
@@ -125,12 +165,73 @@ class UnknownModelVersion(ServingError):
         self.asked, self.loaded = asked, loaded
 
 
-class QueueFull(ServingError):
-    """The queue holds as much as it may; `retry_after_s` estimates when there is room, seconds."""
+class Unauthenticated(ServingError):
+    """The caller brought no valid credentials. `detail` is for the log: a stranger learns nothing from it."""
 
-    def __init__(self, *, retry_after_s: float) -> None:
-        super().__init__(f"the service is busy; retry in {retry_after_s:.2f} s")
-        self.retry_after_s = retry_after_s
+    def __init__(self, *, expected: str, detail: str = "") -> None:
+        super().__init__(f"no valid credentials; this service expects {expected}")
+        self.expected, self.detail = expected, detail
+
+
+class MetadataTooLarge(ServingError):
+    """The call brings more metadata than the limit."""
+
+    def __init__(self, *, limit: int, actual: int) -> None:
+        super().__init__(f"expected at most {limit} bytes of metadata, got {actual}")
+        self.limit, self.actual = limit, actual
+
+
+class PermissionDenied(ServingError):
+    """The caller is known and may not call this method."""
+
+    def __init__(self, *, client: str, method: str) -> None:
+        super().__init__(f"{client[:128]} may not call {method}; ask the operator for a grant")
+        self.client, self.method = client, method
+
+
+class MethodDisabled(ServingError):
+    """The method is switched off in this service."""
+
+    def __init__(self, *, method: str, setting: str) -> None:
+        super().__init__(f"{method} is switched off here; an operator can set {setting}")
+        self.method, self.setting = method, setting
+
+
+class Busy(ServingError):
+    """The call was not begun; `retry_after_s` says when to come back, seconds. Abstract: raise a leaf."""
+
+    retry_after_s: float
+
+
+class QueueFull(Busy):
+    """The service holds as much as it may; `retry_after_s` estimates when there is room, seconds."""
+
+    def __init__(self, *, retry_after_s: float, what: str = "the service is busy") -> None:
+        super().__init__(f"{what}; retry in {retry_after_s:.2f} s")
+        self.retry_after_s, self.what = retry_after_s, what
+
+
+class RateLimited(Busy):
+    """The caller exceeds its own rate; `retry_after_s` says when it has room again, seconds."""
+
+    def __init__(self, *, retry_after_s: float, limit: str) -> None:
+        super().__init__(f"over the limit of {limit}; retry in {retry_after_s:.2f} s")
+        self.retry_after_s, self.limit = retry_after_s, limit
+
+
+class ModelUnloaded(ServingError):
+    """An operator took the model out of service."""
+
+    def __init__(self, *, model: str) -> None:
+        super().__init__(f"Request for unknown model: '{model[:64]}' has no available versions")
+        self.model = model
+
+
+class Draining(ServingError):
+    """This server is about to stop. What a stream has sent is right; the rest can be asked for elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__("this server is about to stop; go on with another from where the stream ended")
 
 
 class EngineUnavailable(ServingError):
@@ -146,6 +247,32 @@ class DeadlineExceeded(ServingError):
 
     def __init__(self) -> None:
         super().__init__("the deadline passed before the answer was ready")
+
+
+class DeadlineTooShort(ServingError):
+    """The call cannot finish before its deadline, so it was not begun."""
+
+    def __init__(self, *, given_s: float, needed_s: float) -> None:
+        super().__init__(
+            f"the deadline leaves {given_s:.3f} s, and a call like this takes about {needed_s:.3f} s; give it more"
+        )
+        self.given_s, self.needed_s = given_s, needed_s
+
+
+class RequestStalled(ServingError):
+    """The body of the request did not arrive in time."""
+
+    def __init__(self, *, timeout_s: float) -> None:
+        super().__init__(f"the request did not arrive within {timeout_s:g} s")
+        self.timeout_s = timeout_s
+
+
+class ResponseStalled(ServingError):
+    """The caller did not read the answer in time."""
+
+    def __init__(self, *, timeout_s: float) -> None:
+        super().__init__(f"the answer was not read for {timeout_s:g} s; resume from the first row that is missing")
+        self.timeout_s = timeout_s
 
 
 class StartupError(ServingError):
@@ -169,6 +296,14 @@ class PortTaken(StartupError):
             "stop the other process or choose another with --port"
         )
         self.address = address
+
+
+class CredentialsError(StartupError):
+    """A certificate, a key file or a key set cannot be read, or plaintext would leave the machine."""
+
+    def __init__(self, *, source: str, problem: str) -> None:
+        super().__init__(f"{source}: {problem}")
+        self.source, self.problem = source, problem
 
 
 class ProviderUnavailable(StartupError):

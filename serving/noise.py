@@ -98,7 +98,18 @@ def uniform(
         array([[0.86401 , 0.679529]])
     """
     rows = np.arange(num_rows, dtype=np.uint64) + np.uint64(first_row)
-    words = _words(np.full(1, seed, np.uint64), rows, -(-dim // _WORDS), stream)
+    return uniform_at(np.full(1, seed, np.uint64), rows, dim, stream=stream)
+
+
+def uniform_at(seeds: Words, rows: Words, dim: int, *, stream: Stream = Stream.OBSERVATION) -> NDArray[np.float32]:
+    """Return noise uniform on [0, 1) of any rows of any seeds, shape (rows, dim). Arguments as for `normal_at`.
+
+    Example:
+        >>> both = uniform_at(np.array([7, 8], np.uint64), np.array([2, 5], np.uint64), 3)
+        >>> bool((both[0] == uniform(7, 1, 3, first_row=2)[0]).all())
+        True
+    """
+    words = _words(seeds, rows, -(-dim // _WORDS), stream)
     return _cut((words >> np.uint64(8)).astype(np.float32) * np.float32(2**-24), dim)
 
 

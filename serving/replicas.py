@@ -1,9 +1,11 @@
 """The three deployments: a few lines of Ray around `runtime` and `gateway.server`."""
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serving import bundle, logs
@@ -13,8 +15,6 @@ from serving.engine.ray_engine import RayEngine
 from serving.errors import EngineUnavailable
 from serving.gateway.server import GatewayServer
 from serving.runtime import GraphRuntime, LoadReport
-
-_OUTPUTS = {"encoder": ("mean", "log_var"), "decoder": ("mean",)}
 
 
 class GraphReplica:
@@ -35,15 +35,19 @@ class GraphReplica:
         self._graph = GraphRuntime(
             bundle.read(settings.bundle), graph, device=settings.device, threads=session_threads(own.num_cpus)
         )
-        self._outputs = _OUTPUTS[graph]
         # Two threads: the copies of one run overlap the compute of the other.
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="onnxruntime")
 
-    async def run(self, rows: Rows) -> tuple[str, tuple[Rows, ...]]:
-        """Return the version of the model and its outputs for rows."""
+    async def run(self, rows: Rows, outputs: tuple[str, ...], timeout_s: float) -> tuple[str, tuple[Rows, ...]]:
+        """Return the version of the model and its outputs for rows.
+
+        Raises:
+            DeadlineExceeded: If the rows' turn comes later than `timeout_s` from now.
+        """
+        expires_at = time.monotonic() + timeout_s
         loop = asyncio.get_running_loop()
-        outputs = await loop.run_in_executor(self._pool, self._graph.run, rows, self._outputs)
-        return self._graph.report.version, tuple(outputs)
+        values = await loop.run_in_executor(self._pool, self._graph.run_until, expires_at, rows, outputs)
+        return self._graph.report.version, tuple(values)
 
     async def describe(self) -> LoadReport:
         """Return what is loaded and where it runs."""
@@ -77,9 +81,10 @@ class Gateway:
         """Return whether both graphs answer."""
         return self._server.health.is_ready
 
-    async def drain(self) -> None:
-        """Drain the server while the other deployments still run."""
+    async def drain(self) -> str:
+        """Drain the server while the other deployments still run; return the id of this replica."""
         await self._server.drain()
+        return serve.get_replica_context().replica_id.unique_id
 
     async def __del__(self) -> None:
         """Drain: Serve awaits this before it ends the replica, also after a failed constructor."""

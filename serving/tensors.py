@@ -62,9 +62,10 @@ def from_message(
     if not tensor.dtype and not tensor.data:
         raise MissingField(field, expected="a tensor")
     check_type(tensor.dtype, field=f"{field}.dtype", accept=accept)
+    if not 1 <= len(tensor.shape) <= MAX_RANK:  # before they are copied: a stranger may send millions
+        actual = tensor.shape[: MAX_RANK + 1]
+        raise ShapeMismatch(f"{field}.shape", expected=f"of 1 to {MAX_RANK} dimensions", actual=actual)
     shape = tuple(tensor.shape)
-    if not 1 <= len(shape) <= MAX_RANK:
-        raise ShapeMismatch(f"{field}.shape", expected=f"of 1 to {MAX_RANK} dimensions", actual=shape)
     if min(shape) < 1:
         raise OutOfRange(f"{field}.shape", expected="each dimension at least 1", actual=str(min(shape)))
     dtype = _DTYPES[tensor.dtype]

@@ -1,15 +1,26 @@
 """The README says what is true: its commands are run, and the output that it shows is the real one."""
 
+import asyncio
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from serving import api_keys
+from serving.client import AsyncVaeClient
+from serving.gateway.server import GatewayServer
+from serving.standalone import in_process
+from tests.certificates import Authority, ServerFiles
 from tests.end_to_end.service import running
+from tests.serving.harness import settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+TRITON = ROOT / ".venv/clients/bin/python"
+KEY = "vae_a-key-of-a-test"
 
 
 def shown_output(command: str) -> list[str]:
@@ -17,6 +28,12 @@ def shown_output(command: str) -> list[str]:
     block = re.search(rf"```console\n\$ {re.escape(command)}\n(.*?)```", README, re.DOTALL)
     assert block, f"the README does not show `{command}`"
     return block[1].strip().splitlines()
+
+
+def example(text: str) -> str:
+    """Return the example in Python that holds a text."""
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if text in code]
+    return str(code)
 
 
 def shape_of(lines: list[str]) -> list[str]:
@@ -65,19 +82,53 @@ def test_make_demo_prints_what_the_readme_shows(demo: tuple[Path, list[str]]) ->
 @pytest.mark.timeout(700)
 def test_the_example_in_python_runs_as_it_stands(demo: tuple[Path, list[str]]) -> None:
     """Only the port is another."""
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = example("client.interpolate")
     with running(demo[0] / "bundle", "--engine", "in-process") as service:
         names: dict[str, object] = {}
         exec(code.replace("localhost:50051", service.target), names)  # noqa: S102 - our own README
         assert getattr(names["samples"], "shape", None) == (16, 1, 8, 8)
         assert getattr(names["path"], "shape", None) == (1, 8, 1, 8, 8)
+        assert getattr(names["elbo"], "shape", None) == (16,)
         assert service.stop() == 0
+
+
+async def test_the_secured_example_runs_as_it_stands(
+    bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the address is another: TLS, a key, a stream."""
+    authority = Authority()
+    files = ServerFiles.write(tmp_path, authority.issue(), authority)
+    (tmp_path / "ca.pem").write_bytes(authority.certificate)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VAE_API_KEYS", f"alice:{api_keys.digest_of(KEY)}")
+    monkeypatch.setenv("VAE_API_KEY", KEY)
+    tls = (f"gateway.tls.certificate={files.certificate}", f"gateway.tls.private_key={files.private_key}")
+    async with in_process(settings(bundle_dir, *tls)) as server:
+        code = example("sample_stream").replace("vae.example:50051", f"localhost:{server.port}")
+        names: dict[str, Any] = {}
+        await asyncio.to_thread(exec, code, names)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("0 (")
+    assert names["chunk"].first_row + len(names["chunk"].samples) == 100_000
+
+
+@pytest.mark.skipif(not TRITON.exists(), reason="no environment for tritonclient here: run `make clients`")
+async def test_the_example_of_tritonclient_gets_the_same_samples(
+    service: GatewayServer, client: AsyncVaeClient, tmp_path: Path
+) -> None:
+    """In an environment of its own, and only the port is another."""
+    code = example("tritonclient").replace("localhost:50051", f"127.0.0.1:{service.port}")
+    code += f"\nnp.save({str(tmp_path / 'samples.npy')!r}, samples)"
+    process = await asyncio.create_subprocess_exec(TRITON, "-c", code)
+    assert await process.wait() == 0
+    expected = await client.sample(16, seed=1)
+    np.testing.assert_array_equal(np.load(tmp_path / "samples.npy"), expected.samples)
 
 
 def test_every_link_of_a_readme_leads_somewhere() -> None:
     """Files and folders that the READMEs name are there."""
     for readme in [ROOT / "README.md", *ROOT.glob("[a-z]*/README.md")]:
-        for target in re.findall(r"\]\(([^)#]+)\)", readme.read_text()):
+        for target in re.findall(r"\]\((?!https:)([^)#]+)[^)]*\)", readme.read_text()):
             assert (readme.parent / target).exists(), f"{readme.relative_to(ROOT)}: {target}"
 
 

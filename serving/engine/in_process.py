@@ -1,11 +1,12 @@
 """ONNX Runtime in this process: for laptops and tests, and as the baseline of the benchmarks. No Ray."""
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 from serving.bundle import Bundle
 from serving.config import ServingConfig, session_threads
-from serving.engine.protocol import Posterior, Providers, Rows
+from serving.engine.protocol import DecoderOutput, Posterior, Providers, Rows
 from serving.runtime import GraphRuntime
 
 
@@ -31,14 +32,14 @@ class InProcessEngine:
         """One: a second run would only take processor time from the first and from the event loop."""
         return 1
 
-    async def encode(self, data: Rows) -> Posterior:
+    async def encode(self, data: Rows, timeout_s: float) -> Posterior:
         """Return posteriors of data."""
-        return Posterior(*await self._run(self._encoder, data, "mean", "log_var"))
+        return Posterior(*await self._run(self._encoder, data, timeout_s, "mean", "log_var"))
 
-    async def decode(self, latents: Rows) -> Rows:
-        """Return means of p(x | z)."""
-        (mean,) = await self._run(self._decoder, latents, "mean")
-        return mean
+    async def decode(self, latents: Rows, timeout_s: float, output: DecoderOutput = "mean") -> Rows:
+        """Return an output of the decoder."""
+        (values,) = await self._run(self._decoder, latents, timeout_s, output)
+        return values
 
     async def check(self) -> Providers:
         """Return the providers: graphs in this process are there from the start."""
@@ -48,6 +49,8 @@ class InProcessEngine:
         """End the thread pool after its running work."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, graph: GraphRuntime, rows: Rows, *outputs: str) -> list[Rows]:
+    async def _run(self, graph: GraphRuntime, rows: Rows, timeout_s: float, *outputs: str) -> list[Rows]:
         # `InferenceSession.run` lets go of the interpreter lock, so the event loop goes on.
-        return await asyncio.get_running_loop().run_in_executor(self._pool, graph.run, rows, outputs)
+        expires_at = time.monotonic() + timeout_s
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, graph.run_until, expires_at, rows, outputs)

@@ -1,10 +1,14 @@
 """The seam between what callers ask for and who runs the graphs."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from numpy.typing import NDArray
 
 Rows = NDArray[Any]
+
+
+DecoderOutput = Literal["mean", "logits"]
+"""What the decoder computes of p(x | z): its mean, or for a Bernoulli the logits of the mean."""
 
 
 class Posterior(NamedTuple):
@@ -29,12 +33,15 @@ class Engine(Protocol):
         """Runs of one graph that it can overlap."""
         ...
 
-    async def encode(self, data: Rows) -> Posterior:
-        """Return posteriors of data (rows, *data_shape), uint8 or float32, in pixel units [0, 255]."""
+    async def encode(self, data: Rows, timeout_s: float) -> Posterior:
+        """Return posteriors of data (rows, *data_shape), uint8 or float32, in pixel units [0, 255].
+
+        After `timeout_s` nobody waits for them: an engine may drop them.
+        """
         ...
 
-    async def decode(self, latents: Rows) -> Rows:
-        """Return means of p(x | z), (rows, *data_shape), of latents (rows, latent_dim)."""
+    async def decode(self, latents: Rows, timeout_s: float, output: DecoderOutput = "mean") -> Rows:
+        """Return an output of the decoder, (rows, *data_shape), of latents (rows, latent_dim). As for `encode`."""
         ...
 
     async def check(self) -> Providers:

@@ -6,6 +6,7 @@ one costs twice as much.
 
 import asyncio
 import logging
+import time
 from typing import Any, Final, Literal
 
 import grpc
@@ -15,8 +16,8 @@ from ray.serve.handle import DeploymentHandle
 
 from serving.bundle import Manifest
 from serving.config import ReplicasConfig, ServingConfig
-from serving.engine.protocol import Posterior, Providers, Rows
-from serving.errors import EngineUnavailable
+from serving.engine.protocol import DecoderOutput, Posterior, Providers, Rows
+from serving.errors import DeadlineExceeded, EngineUnavailable
 from serving.runtime import LoadReport
 
 logger = logging.getLogger(__name__)
@@ -57,14 +58,14 @@ class RayEngine:
         """
         return 1
 
-    async def encode(self, data: Rows) -> Posterior:
+    async def encode(self, data: Rows, timeout_s: float) -> Posterior:
         """Return posteriors of data."""
-        return Posterior(*await self._run("encoder", data))
+        return Posterior(*await self._run("encoder", data, timeout_s, ("mean", "log_var")))
 
-    async def decode(self, latents: Rows) -> Rows:
-        """Return means of p(x | z)."""
-        (mean,) = await self._run("decoder", latents)
-        return mean
+    async def decode(self, latents: Rows, timeout_s: float, output: DecoderOutput = "mean") -> Rows:
+        """Return an output of the decoder."""
+        (values,) = await self._run("decoder", latents, timeout_s, (output,))
+        return values
 
     async def check(self) -> Providers:
         """Ask one replica of each graph what it serves.
@@ -88,20 +89,29 @@ class RayEngine:
             raise EngineUnavailable(graph=graph, detail=detail)
         return report
 
-    async def _run(self, graph: Graph, rows: Rows) -> tuple[Rows, ...]:
+    async def _run(self, graph: Graph, rows: Rows, timeout_s: float, outputs: tuple[str, ...]) -> tuple[Rows, ...]:
         config, trouble = self._configs[graph], ""
+        expires_at = time.monotonic() + timeout_s
         for attempt in range(1, config.max_attempts + 1):
+            left_s = expires_at - time.monotonic()
+            if left_s <= 0:
+                raise DeadlineExceeded
             try:
-                async with asyncio.timeout(config.attempt_timeout_s):
-                    version, outputs = await self._handles[graph].run.remote(rows)
+                async with asyncio.timeout(min(config.attempt_timeout_s, left_s)):
+                    # Seconds that are left, not a time: the clocks of two machines differ.
+                    version, values = await self._handles[graph].run.remote(rows, outputs, left_s)
+            except DeadlineExceeded:
+                raise DeadlineExceeded from None  # without what Ray puts around it
             except _LOST as error:
+                if time.monotonic() > expires_at:
+                    raise DeadlineExceeded from None
                 trouble = type(error).__name__
                 extra = {"graph": graph, "attempt": attempt, "reason": trouble}
                 logger.warning("a run was lost with its replica", extra=extra)
                 continue
             if version != self._version:
                 raise EngineUnavailable(graph=graph, detail=f"served by version {version}")
-            result: tuple[Rows, ...] = outputs
+            result: tuple[Rows, ...] = values
             return result
         raise EngineUnavailable(graph=graph, detail=f"{config.max_attempts} attempts, last {trouble}")
 

@@ -5,19 +5,22 @@ pixel units [0, 255].
 """
 
 import asyncio
+import functools
 import secrets
-from collections.abc import Callable, Sequence
-from typing import Any, Final, Literal, NamedTuple
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving import noise
-from serving.batching import BatchReport, Outputs, RowBatcher, Rows, Slice, concatenate
+from serving.batching import BatchReport, RowBatcher
 from serving.bundle import Manifest
 from serving.config import ServingConfig
 from serving.engine.protocol import Engine, Posterior
 from serving.errors import (
+    Busy,
     NotFinite,
     OutOfRange,
     ShapeMismatch,
@@ -25,12 +28,22 @@ from serving.errors import (
     UnknownModelVersion,
     UnsupportedType,
 )
+from serving.queueing import Outputs, Rows, Slice, Source, concatenate
+from serving.tickets import Ticket
 
 Float32 = NDArray[np.float32]
 Path = Literal["linear", "spherical"]
+Bound = Literal["elbo", "importance-weighted"]
+RowNumbers = noise.Words | tuple[int, int]
+"""Numbers of rows in a seed's sequence; or the first number and how many follow it."""
+
+T = TypeVar("T")
 
 MAX_TEMPERATURE: Final = 10.0
 MAX_FIRST_ROW: Final = 2**63
+_LARGE: Final = 2**16
+"""Numbers from which on computing with them is left to a thread: about a millisecond."""
+
 _PIXEL_MAX: Final = np.float32(255)
 _PARALLEL: Final = 1e-4
 """Sine of the angle below which a great arc is computed as a line: the quotient loses its digits there."""
@@ -41,29 +54,36 @@ class PriorDraw:
 
     Args:
         seed: In [0, 2^64).
-        first_row: Number of the first row in the seed's sequence.
-        num_rows: Rows to draw.
+        rows: Numbers of the rows in the seed's sequence, uint64; or the first number and how many follow it.
         temperature: Standard deviation.
         latent_dim: Dimensions of a row.
     """
 
-    __slots__ = ("first_row", "latent_dim", "num_rows", "seed", "temperature")
+    __slots__ = ("_num_rows", "_rows", "latent_dim", "seed", "temperature")
 
-    def __init__(self, seed: int, first_row: int, num_rows: int, temperature: float, latent_dim: int) -> None:
-        self.seed, self.first_row, self.num_rows = seed, first_row, num_rows
+    def __init__(self, seed: int, rows: RowNumbers, temperature: float, latent_dim: int) -> None:
+        self.seed, self._rows = seed, rows
         self.temperature, self.latent_dim = temperature, latent_dim
+        self._num_rows = rows[1] if isinstance(rows, tuple) else len(rows)
 
     def __len__(self) -> int:
-        return self.num_rows
+        return self._num_rows
 
     @property
     def nbytes(self) -> int:
         """Bytes of the latents, float32."""
-        return 4 * self.num_rows * self.latent_dim
+        return 4 * self._num_rows * self.latent_dim
+
+    def rows(self, start: int = 0, stop: int | None = None) -> noise.Words:
+        """Return the numbers of rows [start, stop) of the draw."""
+        stop = self._num_rows if stop is None else stop
+        if isinstance(self._rows, tuple):
+            return np.arange(start, stop, dtype=np.uint64) + np.uint64(self._rows[0])
+        return self._rows[start:stop]
 
     def latents(self) -> Float32:
-        """Return all rows, shape (num_rows, latent_dim)."""
-        standard = noise.normal(self.seed, self.num_rows, self.latent_dim, first_row=self.first_row)
+        """Return all rows, shape (rows, latent_dim)."""
+        standard = noise.normal_at(np.full(1, self.seed, np.uint64), self.rows(), self.latent_dim)
         return standard * np.float32(self.temperature)
 
 
@@ -74,6 +94,21 @@ class Samples(NamedTuple):
     draw: PriorDraw
 
 
+class Chunk(NamedTuple):
+    """Consecutive samples of a stream, and the number of the first in the seed's sequence."""
+
+    first_row: int
+    samples: Samples
+
+
+class Scores(NamedTuple):
+    """Bounds on log p(x) and their parts, each (n,), float32, in nats."""
+
+    score: Float32
+    log_likelihood: Float32
+    kl: Float32
+
+
 class Operations:
     """What the service does, for one model on one engine.
 
@@ -82,6 +117,7 @@ class Operations:
         manifest: Description of the model.
         config: Bounds.
         on_batch: Told about every run: name of the graph, report.
+        charge: Told the client and the number of rows before they join a queue; may refuse them.
     """
 
     def __init__(
@@ -91,33 +127,28 @@ class Operations:
         config: ServingConfig,
         *,
         on_batch: Callable[[str, BatchReport], None] = lambda _graph, _report: None,
+        charge: Callable[[str, int], None] = lambda _client, _num_rows: None,
     ) -> None:
-        self.manifest, self._engine, self._limits = manifest, engine, config.limits
+        self.manifest, self._engine, self._limits, self._charge = manifest, engine, config.limits, charge
         # The largest answers in float32: an observation with its latents; mean, log_var and one draw.
-        row_bytes = 4 * max(manifest.data_size + manifest.latent_dim, 3 * manifest.latent_dim)
-        self.max_rows = max(1, min(config.limits.max_rows, config.limits.max_response_bytes // row_bytes))
+        self._row_bytes = 4 * max(manifest.data_size + manifest.latent_dim, 3 * manifest.latent_dim)
+        self.max_rows = max(1, min(config.limits.max_rows, config.limits.max_response_bytes // self._row_bytes))
         """Most rows of one call: the limit, or as many as the largest answer can carry."""
-        num_slots = config.batching.max_in_flight or engine.num_slots
-        self.encoder = RowBatcher(
-            self._run_encoder,
-            config.batching,
-            name="encoder",
-            num_slots=num_slots,
-            on_batch=lambda report: on_batch("encoder", report),
+        make = functools.partial(
+            RowBatcher, config=config.batching, num_slots=config.batching.max_in_flight or engine.num_slots
         )
-        self.decoder = RowBatcher(
-            self._run_decoder,
-            config.batching,
-            name="decoder",
-            num_slots=num_slots,
-            assemble=self._assemble_latents,
-            on_batch=lambda report: on_batch("decoder", report),
+        observe_encoder, observe_decoder = (functools.partial(on_batch, graph) for graph in ("encoder", "decoder"))
+        self.encoder = make(self._run_encoder, name="encoder", on_batch=observe_encoder)
+        self.decoder = make(
+            self._run_decoder, name="decoder", on_batch=observe_decoder, assemble=self._assemble_latents
         )
+        # Rows of one run have the same outputs, so logits have runs of their own on the same graph.
+        self.scorer = make(self._run_scorer, name="decoder", on_batch=observe_decoder)
 
     @property
     def is_stalled(self) -> bool:
         """Whether rows wait and nothing moves."""
-        return self.encoder.is_stalled or self.decoder.is_stalled
+        return any(batcher.is_stalled for batcher in (self.encoder, self.decoder, self.scorer))
 
     def check_version(self, asked: str) -> None:
         """Refuse a version that is not loaded.
@@ -137,19 +168,19 @@ class Operations:
         if first_row > MAX_FIRST_ROW:
             raise OutOfRange("first_row", expected="a number in [0, 2^63]", actual=str(first_row))
 
-    async def encode(self, data: Rows, *, expires_at: float, field: str = "data") -> Posterior:
+    async def encode(self, data: Rows, *, ticket: Ticket, field: str = "data") -> Posterior:
         """Return the posteriors of data.
 
         Args:
             data: Shape (n, *data_shape), uint8 or float32 in [0, 1].
-            expires_at: Monotonic time after which nobody waits.
+            ticket: Until when, for whom, how urgent.
             field: Path of the field that `data` came in, for errors.
 
         Raises:
             InvalidRequest: If the data do not fit the model.
         """
         rows = self._check_data(data, field)
-        return Posterior(*await self.encoder.submit(rows, expires_at=expires_at))
+        return Posterior(*await self._submit(self.encoder, rows, ticket))
 
     def check_num_latents(self, num_rows: int, num_latents: int) -> None:
         """Refuse more draws than the limits allow.
@@ -164,40 +195,42 @@ class Operations:
         if num_latents:
             self._check_rows("num_latents", num_rows * num_latents)
 
-    def draw_latents(self, posterior: Posterior, num_latents: int, seed: int, *, first_row: int = 0) -> Float32:
+    async def draw_latents(
+        self, posterior: Posterior, num_latents: int, seed: int, *, first_row: int = 0
+    ) -> Float32:
         """Return draws z = mean + exp(log_var / 2) * noise, shape (n, num_latents, latent_dim).
 
         Fewer draws with the same seed are the first of more draws.
         """
-        num_rows, dim = posterior.mean.shape
-        standard = noise.normal(
-            seed, num_rows, num_latents * dim, first_row=first_row, stream=noise.Stream.POSTERIOR
+        latents, _ = await _off_loop(
+            posterior.mean.size * num_latents, _draw_latents, posterior, num_latents, seed, first_row
         )
-        scale = np.exp(np.float32(0.5) * posterior.log_var)[:, None]
-        latents: Float32 = posterior.mean[:, None] + scale * standard.reshape(num_rows, num_latents, dim)
         return latents
 
-    async def decode(self, latents: Rows, *, expires_at: float, field: str = "latents") -> Float32:
+    async def decode(self, latents: Rows, *, ticket: Ticket, field: str = "latents") -> Float32:
         """Return means of p(x | z), in [0, 1].
 
         Args:
             latents: Shape (n, latent_dim), float32.
-            expires_at: Monotonic time after which nobody waits.
+            ticket: Until when, for whom, how urgent.
             field: Path of the field that `latents` came in, for errors.
 
         Raises:
             InvalidRequest: If the latents do not fit the model.
         """
         self._check_latents(latents, field)
-        (mean,) = await self.decoder.submit(latents, expires_at=expires_at)
+        (mean,) = await self._submit(self.decoder, latents, ticket)
         return mean
 
-    def observe(self, mean: Float32, seed: int, *, first_row: int = 0) -> Float32:
-        """Return one draw from the Bernoulli likelihood for each row of means: zeros and ones, float32."""
-        unit = noise.uniform(
-            seed, len(mean), self.manifest.data_size, first_row=first_row, stream=noise.Stream.OBSERVATION
-        )
-        return (unit.reshape(mean.shape) < mean).astype(np.float32)
+    async def observe(self, mean: Float32, seed: int, *, rows: RowNumbers | None = None) -> Float32:
+        """Return one draw from the Bernoulli likelihood for each row of means: zeros and ones, float32.
+
+        Args:
+            mean: Shape (n, *data_shape).
+            seed: In [0, 2^64).
+            rows: Numbers of the rows in the seed's sequence, as for `PriorDraw`; from 0 on by default.
+        """
+        return await _off_loop(mean.size, _observe, mean, seed, (0, len(mean)) if rows is None else rows)
 
     async def sample(
         self,
@@ -207,7 +240,7 @@ class Operations:
         first_row: int = 0,
         temperature: float = 1.0,
         observe: bool = False,
-        expires_at: float,
+        ticket: Ticket,
     ) -> Samples:
         """Draw from the prior and decode.
 
@@ -219,25 +252,147 @@ class Operations:
             first_row: Number of the first row in the seed's sequence.
             temperature: Standard deviation of the latents.
             observe: Whether to draw from p(x | z) rather than return its mean.
-            expires_at: Monotonic time after which nobody waits.
+            ticket: Until when, for whom, how urgent.
 
         Raises:
             InvalidRequest: If an argument is out of range.
         """
         self._check_rows("num_samples", num_samples)
-        if not 0 <= temperature <= MAX_TEMPERATURE:  # also refuses NaN
-            expected = f"a number in [0, {MAX_TEMPERATURE:g}]"
-            raise OutOfRange("temperature", expected=expected, actual=f"{temperature:g}")
+        check_temperature(temperature)
         self.check_first_row(first_row)
-        draw = PriorDraw(seed, first_row, num_samples, temperature, self.manifest.latent_dim)
-        (mean,) = await self.decoder.submit(draw, expires_at=expires_at)
-        observations = self.observe(mean, seed, first_row=first_row) if observe else mean
-        return Samples(observations, draw)
+        return await self._sample((first_row, num_samples), seed, temperature, observe=observe, ticket=ticket)
 
-    async def reconstruct(self, data: Rows, *, expires_at: float) -> Float32:
+    async def sample_rows(
+        self,
+        rows: noise.Words,
+        *,
+        seed: int,
+        temperature: float = 1.0,
+        observe: bool = False,
+        ticket: Ticket,
+        field: str = "rows",
+    ) -> Samples:
+        """Draw rows with any numbers of a seed's sequence; the rest as for `sample`.
+
+        Args:
+            rows: Numbers of the rows, uint64, shape (n,).
+            seed: In [0, 2^64).
+            temperature: Standard deviation of the latents.
+            observe: Whether to draw from p(x | z) rather than return its mean.
+            ticket: Until when, for whom, how urgent.
+            field: Path of the field that the rows came in, for errors.
+        """
+        self._check_rows(field, len(rows))
+        check_temperature(temperature)
+        return await self._sample(rows, seed, temperature, observe=observe, ticket=ticket)
+
+    async def sample_stream(
+        self,
+        num_samples: int,
+        *,
+        seed: int,
+        first_row: int = 0,
+        temperature: float = 1.0,
+        observe: bool = False,
+        max_chunk_rows: int = 0,
+        ticket: Ticket,
+    ) -> AsyncGenerator[Chunk]:
+        """Draw from the prior in chunks; one is made while the caller takes the one before it, never more.
+
+        The arguments are those of `sample`, and:
+
+        Args:
+            num_samples: Rows to draw, in [1, max_stream_rows].
+            seed: In [0, 2^64).
+            first_row: Number of the first row in the seed's sequence.
+            temperature: Standard deviation of the latents.
+            observe: Whether to draw from p(x | z) rather than return its mean.
+            max_chunk_rows: Most rows in a chunk; 0 for about `stream_chunk_bytes`.
+            ticket: Until when, for whom, how urgent.
+
+        Raises:
+            InvalidRequest: If an argument is out of range.
+            QueueFull: If there is no room for the first chunk; later ones wait for room.
+        """
+        limits = self._limits
+        if not 1 <= num_samples <= limits.max_stream_rows:
+            expected = f"a number in [1, {limits.max_stream_rows}]"
+            raise OutOfRange("num_samples", expected=expected, actual=str(num_samples))
+        check_temperature(temperature)
+        self.check_first_row(first_row)
+        if max_chunk_rows > self.max_rows:
+            raise TooManyRows("max_chunk_rows", limit=self.max_rows, actual=max_chunk_rows)
+        size = max_chunk_rows or max(1, min(self.max_rows, limits.stream_chunk_bytes // self._row_bytes))
+        end = first_row + num_samples
+
+        async def draw(start: int) -> Chunk:
+            rows = (start, min(size, end - start))
+            while True:
+                part = ticket.part(time.monotonic() + limits.default_deadline_s)
+                try:
+                    samples = await self._sample(rows, seed, temperature, observe=observe, ticket=part)
+                except Busy as busy:
+                    if start == first_row or time.monotonic() + busy.retry_after_s > ticket.expires_at:
+                        raise
+                    await asyncio.sleep(busy.retry_after_s)
+                else:
+                    ticket.add(part)
+                    return Chunk(start, samples)
+
+        ahead = asyncio.create_task(draw(first_row))
+        try:
+            for start in range(first_row + size, end, size):
+                chunk = await ahead
+                ahead = asyncio.create_task(draw(start))
+                yield chunk
+            yield await ahead
+        finally:
+            ahead.cancel()
+            await asyncio.gather(ahead, return_exceptions=True)
+
+    async def score(
+        self,
+        data: Rows,
+        *,
+        bound: Bound = "elbo",
+        num_latents: int = 1,
+        seed: int,
+        first_row: int = 0,
+        ticket: Ticket,
+    ) -> Scores:
+        r"""Return lower bounds on log p(x), estimated with the latents that `draw_latents` draws.
+
+        ELBO: mean_k log p(x | z_k) - KL(q || p) (Kingma and Welling, 2014, eq. 10, with the KL in closed form).
+        Importance-weighted: log mean_k p(x, z_k) / q(z_k | x) (Burda et al., 2016, eq. 8).
+
+        Args:
+            data: Shape (n, *data_shape), uint8 or float32 in [0, 1].
+            bound: Which of the two.
+            num_latents: Latents that are drawn from each row's posterior.
+            seed: In [0, 2^64).
+            first_row: Number of the first row in the seed's sequence.
+            ticket: Until when, for whom, how urgent.
+
+        Raises:
+            InvalidRequest: If an argument is out of range, or the data do not fit the model.
+        """
+        if num_latents < 1:
+            raise OutOfRange("num_latents", expected="at least 1", actual=str(num_latents))
+        pixels = self._check_data(data, "data")
+        self.check_num_latents(len(pixels), num_latents)
+        self.check_first_row(first_row)
+        posterior = Posterior(*await self._submit(self.encoder, pixels, ticket))
+        size = posterior.mean.size * num_latents
+        latents, standard = await _off_loop(size, _draw_latents, posterior, num_latents, seed, first_row)
+        flat = latents.reshape(-1, self.manifest.latent_dim)
+        (logits,) = await self._submit(self.scorer, flat, ticket)
+        return await _off_loop(logits.size, _score, pixels, posterior, standard, latents, logits, bound)
+
+    async def reconstruct(self, data: Rows, *, ticket: Ticket) -> Float32:
         """Return the decoded posterior means of data."""
-        posterior = await self.encode(data, expires_at=expires_at)
-        return await self.decode(posterior.mean, expires_at=expires_at)
+        posterior = await self.encode(data, ticket=ticket)
+        (mean,) = await self._submit(self.decoder, posterior.mean, ticket)
+        return mean
 
     async def interpolate(
         self,
@@ -247,7 +402,7 @@ class Operations:
         *,
         kind: Literal["data", "latents"],
         path: Path,
-        expires_at: float,
+        ticket: Ticket,
     ) -> tuple[Float32, Float32]:
         """Decode points on the path between two ends, for each pair of rows.
 
@@ -257,7 +412,7 @@ class Operations:
             num_steps: Points on each path, both ends included.
             kind: What the ends are. Data are encoded to their posterior means.
             path: Shape of the path.
-            expires_at: Monotonic time after which nobody waits.
+            ticket: Until when, for whom, how urgent.
 
         Returns:
             Means (n, num_steps, *data_shape) and latents (n, num_steps, latent_dim).
@@ -273,25 +428,39 @@ class Operations:
         self._check_rows("num_steps", num_steps * len(start))
         if kind == "data":
             pixels = np.concatenate([self._check_data(start, "data.start"), self._check_data(end, "data.end")])
-            mean, _ = await self.encoder.submit(pixels, expires_at=expires_at)
+            mean, _ = await self._submit(self.encoder, pixels, ticket)
             start, end = np.split(mean, 2)
         else:
             self._check_latents(start, "latents.start")
             self._check_latents(end, "latents.end")
         latents = interpolate_latents(start, end, num_steps, path)
         flat = latents.reshape(-1, self.manifest.latent_dim)
-        mean = await self.decode(flat, expires_at=expires_at)
+        (mean,) = await self._submit(self.decoder, flat, ticket)
         return mean.reshape(len(start), num_steps, *self.manifest.data_shape), latents
 
     async def close(self) -> None:
         """Fail what waits, end what runs."""
-        await asyncio.gather(self.encoder.close(), self.decoder.close())
+        await asyncio.gather(self.encoder.close(), self.decoder.close(), self.scorer.close())
 
-    async def _run_encoder(self, rows: Rows) -> Outputs:
-        return await self._engine.encode(rows)
+    async def _submit(self, batcher: RowBatcher, source: Source, ticket: Ticket) -> Outputs:
+        self._charge(ticket.client, len(source))
+        return await batcher.submit(source, ticket)
 
-    async def _run_decoder(self, rows: Rows) -> Outputs:
-        return (await self._engine.decode(rows),)
+    async def _sample(
+        self, rows: RowNumbers, seed: int, temperature: float, *, observe: bool, ticket: Ticket
+    ) -> Samples:
+        draw = PriorDraw(seed, rows, temperature, self.manifest.latent_dim)
+        (mean,) = await self._submit(self.decoder, draw, ticket)
+        return Samples(await self.observe(mean, seed, rows=rows) if observe else mean, draw)
+
+    async def _run_encoder(self, rows: Rows, timeout_s: float) -> Outputs:
+        return await self._engine.encode(rows, timeout_s)
+
+    async def _run_decoder(self, rows: Rows, timeout_s: float) -> Outputs:
+        return (await self._engine.decode(rows, timeout_s),)
+
+    async def _run_scorer(self, rows: Rows, timeout_s: float) -> Outputs:
+        return (await self._engine.decode(rows, timeout_s, "logits"),)
 
     def _assemble_latents(self, batch: Sequence[Slice]) -> Rows:
         """Return the latents of slices: given ones, and draws from the prior, all made at once."""
@@ -338,14 +507,68 @@ def _draw(parts: Sequence[Slice], latent_dim: int) -> list[Float32]:
     counts = [part.stop - part.start for part in parts]
     ends = np.cumsum(counts)
     seeds = np.repeat(np.array([draw.seed for draw in draws], np.uint64), counts)
-    rows = np.concatenate(
-        [
-            np.arange(part.start, part.stop, dtype=np.uint64) + np.uint64(draw.first_row)
-            for draw, part in zip(draws, parts, strict=True)
-        ]
-    )
+    rows = np.concatenate([draw.rows(part.start, part.stop) for draw, part in zip(draws, parts, strict=True)])
     scale = np.repeat(np.array([draw.temperature for draw in draws], np.float32), counts)
     return np.split(noise.normal_at(seeds, rows, latent_dim) * scale[:, None], ends[:-1])
+
+
+def _draw_latents(posterior: Posterior, num_latents: int, seed: int, first_row: int) -> tuple[Float32, Float32]:
+    """Return latents and the standard noise in them, each (n, num_latents, latent_dim)."""
+    num_rows, dim = posterior.mean.shape
+    flat = noise.normal(seed, num_rows, num_latents * dim, first_row=first_row, stream=noise.Stream.POSTERIOR)
+    standard = flat.reshape(num_rows, num_latents, dim)
+    scale = np.exp(np.float32(0.5) * posterior.log_var)[:, None]
+    return posterior.mean[:, None] + scale * standard, standard
+
+
+def _observe(mean: Float32, seed: int, rows: RowNumbers) -> Float32:
+    size = mean[0].size
+    if isinstance(rows, tuple):
+        unit = noise.uniform(seed, len(mean), size, first_row=rows[0])
+    else:
+        unit = noise.uniform_at(np.full(1, seed, np.uint64), rows, size)
+    return (unit.reshape(mean.shape) < mean).astype(np.float32)
+
+
+def _score(
+    pixels: Rows, posterior: Posterior, standard: Float32, latents: Float32, logits: Float32, bound: Bound
+) -> Scores:
+    """Return scores of pixels (n, ...), given noise and latents (n, k, dim) and logits (n * k, ...).
+
+    log p(x | z) of a Bernoulli with logits l is sum(x l - log(1 + exp(l))), which stays finite where the mean
+    rounds to 0 or 1. Sums are taken in float64.
+    """
+    num_rows, num_latents, _ = latents.shape
+    unit = pixels.reshape(num_rows, 1, -1).astype(np.float32) / np.float32(255)
+    logits = logits.reshape(num_rows, num_latents, -1)
+    softplus = np.maximum(logits, 0) + np.log1p(np.exp(-np.abs(logits)))
+    log_likelihood = (unit * logits - softplus).sum(axis=2, dtype=np.float64)
+    mean, log_var = posterior.mean.astype(np.float64), posterior.log_var.astype(np.float64)
+    kl = 0.5 * (mean**2 + np.exp(log_var) - 1.0 - log_var).sum(axis=1)
+    if bound == "elbo":
+        score = log_likelihood.mean(axis=1) - kl
+    else:
+        squares = standard.astype(np.float64) ** 2 - latents.astype(np.float64) ** 2
+        weight = log_likelihood + 0.5 * (squares.sum(axis=2) + log_var.sum(axis=1)[:, None])
+        largest = weight.max(axis=1)
+        score = largest + np.log(np.exp(weight - largest[:, None]).mean(axis=1))
+    return Scores(*(part.astype(np.float32) for part in (score, log_likelihood.mean(axis=1), kl)))
+
+
+async def _off_loop(size: int, compute: Callable[..., T], *arguments: Any) -> T:  # noqa: ANN401 - those of `compute`
+    """Compute on so many numbers: in a thread if they are many, so that the event loop serves others meanwhile."""
+    return compute(*arguments) if size < _LARGE else await asyncio.to_thread(compute, *arguments)
+
+
+def check_temperature(temperature: float, *, field: str = "temperature") -> None:
+    """Refuse a standard deviation of the latents outside [0, 10].
+
+    Raises:
+        OutOfRange: If it is outside, or NaN.
+    """
+    if not 0 <= temperature <= MAX_TEMPERATURE:  # also refuses NaN
+        expected = f"a number in [0, {MAX_TEMPERATURE:g}]"
+        raise OutOfRange(field, expected=expected, actual=f"{temperature:g}")
 
 
 def choose_seed() -> int:

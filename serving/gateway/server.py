@@ -4,26 +4,35 @@ import asyncio
 import logging
 import socket
 import time
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from serving import metrics
 from serving.batching import BatchReport
 from serving.bundle import Manifest
-from serving.config import GatewayConfig, LimitsConfig, ServingConfig, address_of
+from serving.config import GatewayConfig, ServingConfig, address_of
 from serving.engine.protocol import Engine, Providers
 from serving.errors import PortTaken
-from serving.gateway import vae_service
+from serving.gateway import inference_service, vae_service
+from serving.gateway.admission import Admission
+from serving.gateway.calls import Limits as CallLimits
+from serving.gateway.calls import Method, Reading, handler
+from serving.gateway.credentials import check_plaintext, server_credentials
+from serving.gateway.guard import Guard
 from serving.gateway.health import Health
-from serving.gateway.interceptors import LimitTime, MapErrors, Observe, Traffic, handler
+from serving.gateway.identity import Identity
+from serving.gateway.inference_service import InferenceService
+from serving.gateway.interceptors import Admit, Authenticate, LimitTime, MapErrors, Observe, Traffic
 from serving.gateway.operations import Operations
 from serving.gateway.vae_service import VaeService
 
 logger = logging.getLogger(__name__)
 
+HEALTH: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _MESSAGE_OVERHEAD: Final = 64 * 1024
 _POLL_S: Final = 0.02
 
@@ -35,20 +44,36 @@ class GatewayServer:
         engine: Who runs the graphs; closed with the server.
         manifest: Description of the model.
         config: Every number.
+
+    Raises:
+        CredentialsError: If a certificate, a key or a key set cannot be read, or plaintext would leave the
+            machine.
     """
 
     def __init__(self, engine: Engine, manifest: Manifest, config: ServingConfig) -> None:
         self._engine, self._config = engine, config
+        gateway = config.gateway
+        check_plaintext(gateway.host, gateway)
+        self._credentials = server_credentials(gateway.tls)
+        self._identity = Identity(gateway.auth, gateway.tls)
+        self._admission = Admission(gateway.admission)
         self._traffic = Traffic()
-        self.operations = Operations(engine, manifest, config, on_batch=_observe_batch)
+        self._reading = Reading(gateway.transport.body_timeout_s)
+        self.operations = Operations(
+            engine, manifest, config, on_batch=_observe_batch, charge=self._admission.charge
+        )
         self._service = VaeService(self.operations, config.limits)
+        self._services: dict[str, dict[str, Method]] = {vae_service.NAME: self._service.methods()}
+        if gateway.open_inference:
+            inference = InferenceService(self.operations, config, is_ready=lambda: self.health.is_ready)
+            self._services[inference_service.NAME] = inference.methods()
         self.health = Health(
             engine,
-            [vae_service.NAME],
+            list(self._services),
             is_stalled=lambda: self.operations.is_stalled,
             on_ready=self._on_ready,
         )
-        self._server = grpc.aio.server(options=_options(config.limits))
+        self._server = grpc.aio.server(options=_options(config))
         self._drain_task: asyncio.Task[None] | None = None
         self.port = 0
         self._metrics: metrics.Endpoint | None = None
@@ -69,22 +94,21 @@ class GatewayServer:
 
         Raises:
             PortTaken: If the address cannot be bound.
+            CredentialsError: If the key set of tokens cannot be had.
         """
-        surrounds = (Observe(self._traffic), MapErrors(), LimitTime(self._config.limits))
-        handlers = {
-            name: handler(name, request_type, behaviour, surrounds)
-            for name, (request_type, behaviour) in self._service.methods().items()
-        }
-        generic = grpc.method_handlers_generic_handler(vae_service.NAME, handlers)
-        self._server.add_generic_rpc_handlers((generic,))
-        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)
+        await self._identity.start()
+        for service, methods in self._services.items():
+            handlers = {name: self._handler(f"{service}/{name}", method) for name, method in methods.items()}
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+        names = (*self._services, HEALTH, reflection.SERVICE_NAME)
+        others: list[tuple[Callable[[Any, Any], None], object]] = [
+            (health_pb2_grpc.add_HealthServicer_to_server, self.health.servicer),
+            (reflection_pb2_grpc.add_ServerReflectionServicer_to_server, reflection.aio.ReflectionServicer(names)),
+        ]
+        guards = tuple(Guard(self._identity, add, servicer) for add, servicer in others)
+        self._server.add_generic_rpc_handlers(guards)
         gateway = self._config.gateway
-        if gateway.reflection:
-            health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-            reflection.enable_server_reflection(
-                (vae_service.NAME, health_name, reflection.SERVICE_NAME), self._server
-            )
-        self.port = _bind(self._server, gateway)
+        self.port = _bind(self._server, gateway, self._credentials)
         await self.health.prepare()
         await self._server.start()
         if gateway.metrics_port is not None:
@@ -105,6 +129,8 @@ class GatewayServer:
         gateway = self._config.gateway
         logger.info("gateway drains")
         await self.health.enter_drain()
+        await asyncio.sleep(gateway.drain_notice_s)
+        self._reading.drain()
         began = time.monotonic()
         while not self._is_quiet(began) and time.monotonic() - began < gateway.drain_timeout_s:  # noqa: ASYNC110 - quiet is a length of time
             await asyncio.sleep(_POLL_S)
@@ -112,9 +138,26 @@ class GatewayServer:
         await asyncio.sleep(0)  # aborted coroutines finish in the next turn (grpc issue 37239)
         await self.operations.close()
         await self._engine.close()
+        await self._identity.close()
         if self._metrics is not None:
             self._metrics.close()
         logger.info("gateway stopped", extra={"drain_seconds": round(time.monotonic() - began, 3)})
+
+    def _handler(self, path: str, method: Method) -> "grpc.RpcMethodHandler[bytes, bytes]":
+        limits, transport = self._config.limits, self._config.gateway.transport
+        limit_time = (
+            LimitTime(default_s=limits.default_deadline_s, max_s=limits.max_deadline_s)
+            if method.unary
+            else LimitTime(default_s=limits.max_stream_s, max_s=limits.max_stream_s)
+        )
+        surrounds = (
+            Observe(self._traffic),
+            MapErrors(),
+            Authenticate(self._identity, max_metadata_bytes=2 * transport.max_metadata_bytes),
+            Admit(self._admission),
+            limit_time,
+        )
+        return handler(path, method, surrounds, CallLimits(self._reading, transport.write_timeout_s))
 
     def _is_quiet(self, since: float) -> bool:
         silent_s = time.monotonic() - max(self._traffic.last_arrival, since)
@@ -122,6 +165,17 @@ class GatewayServer:
 
     def _on_ready(self, providers: Providers) -> None:
         self._service.providers = providers
+
+
+def check_credentials(gateway: GatewayConfig) -> None:
+    """Refuse what keeps a gateway from being safe, before one is started.
+
+    Raises:
+        CredentialsError: If plaintext would leave the machine, or a certificate or key file cannot be read.
+    """
+    check_plaintext(gateway.host, gateway)
+    server_credentials(gateway.tls)
+    Identity(gateway.auth, gateway.tls)
 
 
 def check_port(host: str, port: int) -> None:
@@ -139,11 +193,12 @@ def check_port(host: str, port: int) -> None:
             raise PortTaken(address=address_of(host, port)) from None
 
 
-def _bind(server: grpc.aio.Server, gateway: GatewayConfig) -> int:
-    check_port(gateway.host, gateway.port)
+def _bind(server: grpc.aio.Server, gateway: GatewayConfig, credentials: grpc.ServerCredentials | None) -> int:
+    if not gateway.share_port:
+        check_port(gateway.host, gateway.port)
     address = address_of(gateway.host, gateway.port)
     try:
-        port = server.add_insecure_port(address)
+        port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError:
         port = 0
     if port == 0:
@@ -151,19 +206,37 @@ def _bind(server: grpc.aio.Server, gateway: GatewayConfig) -> int:
     return port
 
 
-def _options(limits: LimitsConfig) -> list[tuple[str, int]]:
-    return [
+def _options(config: ServingConfig) -> list[tuple[str, int]]:
+    """Return the options of the gRPC server; `TransportConfig` says why each is what it is."""
+    limits, gateway, transport = config.limits, config.gateway, config.gateway.transport
+    identity, gzip = 1, 4  # bits of grpc_compression_algorithm
+    options = [
         ("grpc.max_receive_message_length", limits.max_request_bytes + _MESSAGE_OVERHEAD),
         ("grpc.max_send_message_length", limits.max_response_bytes + _MESSAGE_OVERHEAD),
-        # gRPC would share the port with whoever comes second; a second listener must fail loudly.
-        ("grpc.so_reuseport", 0),
-        # Identity only: 0.3 MB of gzip can inflate to the largest message.
-        ("grpc.compression_enabled_algorithms_bitset", 1),
-        # Silent sockets are gone after 5 s rather than 120 s; dead peers after 80 s rather than 2 h.
-        ("grpc.server_handshake_timeout_ms", 5_000),
-        ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.max_metadata_size", transport.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", 2 * transport.max_metadata_bytes),
+        # Several gateways share the port on purpose; otherwise gRPC would share it with whoever comes second,
+        # and a second listener must fail loudly.
+        ("grpc.so_reuseport", int(gateway.share_port)),
+        (
+            "grpc.compression_enabled_algorithms_bitset",
+            identity | gzip if transport.compression == "gzip" else identity,
+        ),
+        ("grpc.server_handshake_timeout_ms", _ms(transport.handshake_timeout_s)),
+        ("grpc.keepalive_time_ms", _ms(transport.keepalive_time_s)),
+        ("grpc.keepalive_timeout_ms", _ms(transport.keepalive_timeout_s)),
+        ("grpc.http2.min_ping_interval_without_data_ms", _ms(transport.min_ping_interval_s)),
+        ("grpc.max_connection_idle_ms", _ms(transport.max_connection_idle_s)),
+        ("grpc.max_connection_age_ms", _ms(transport.max_connection_age_s)),
+        ("grpc.max_connection_age_grace_ms", _ms(transport.max_connection_age_grace_s)),
     ]
+    if transport.max_concurrent_streams is not None:
+        options.append(("grpc.max_concurrent_streams", transport.max_concurrent_streams))
+    return options
+
+
+def _ms(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
 
 
 def _observe_batch(graph: str, report: BatchReport) -> None:
@@ -176,5 +249,7 @@ def _observe_gateway(traffic: Traffic, operations: Operations, manifest: Manifes
     """Let the gauges read the facts at scrape time, so that nothing is counted twice."""
     metrics.CALLS_IN_FLIGHT.set_function(lambda: traffic.num_in_flight)
     metrics.QUEUE_ROWS.labels("encoder").set_function(lambda: operations.encoder.num_rows)
-    metrics.QUEUE_ROWS.labels("decoder").set_function(lambda: operations.decoder.num_rows)
+    metrics.QUEUE_ROWS.labels("decoder").set_function(
+        lambda: operations.decoder.num_rows + operations.scorer.num_rows
+    )
     metrics.MODEL.info({"name": manifest.name, "version": manifest.version})

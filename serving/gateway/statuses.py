@@ -16,6 +16,9 @@ DETAILS_KEY: Final = "grpc-status-details-bin"
 PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
 REASON_KEY: Final = "vae-error-reason"
 FIELD_KEY: Final = "vae-error-field"
+_NEVER: Final = "-1"
+"""Pushback that tells a client not to repeat a call whose code is otherwise worth it."""
+
 _PREFIX: Final = "ERROR_REASON_"
 _MAX_MESSAGE: Final = 512
 """Longest text, characters: all trailers together must stay below 8 KB."""
@@ -29,10 +32,23 @@ CATALOGUE: Final[dict[type[errors.ServingError], tuple[grpc.StatusCode, vae_pb2.
     errors.NotFinite: (grpc.StatusCode.INVALID_ARGUMENT, vae_pb2.ERROR_REASON_NOT_FINITE),
     errors.OutOfRange: (grpc.StatusCode.INVALID_ARGUMENT, vae_pb2.ERROR_REASON_OUT_OF_RANGE),
     errors.TooManyRows: (grpc.StatusCode.INVALID_ARGUMENT, vae_pb2.ERROR_REASON_TOO_MANY_ROWS),
+    errors.UnknownTensor: (grpc.StatusCode.INVALID_ARGUMENT, vae_pb2.ERROR_REASON_UNKNOWN_TENSOR),
+    errors.MixedContents: (grpc.StatusCode.INVALID_ARGUMENT, vae_pb2.ERROR_REASON_MIXED_CONTENTS),
+    errors.UnknownModel: (grpc.StatusCode.NOT_FOUND, vae_pb2.ERROR_REASON_UNKNOWN_MODEL),
     errors.UnknownModelVersion: (grpc.StatusCode.NOT_FOUND, vae_pb2.ERROR_REASON_UNKNOWN_MODEL_VERSION),
+    errors.Unauthenticated: (grpc.StatusCode.UNAUTHENTICATED, vae_pb2.ERROR_REASON_UNAUTHENTICATED),
+    errors.MetadataTooLarge: (grpc.StatusCode.RESOURCE_EXHAUSTED, vae_pb2.ERROR_REASON_METADATA_TOO_LARGE),
+    errors.PermissionDenied: (grpc.StatusCode.PERMISSION_DENIED, vae_pb2.ERROR_REASON_PERMISSION_DENIED),
+    errors.MethodDisabled: (grpc.StatusCode.UNIMPLEMENTED, vae_pb2.ERROR_REASON_METHOD_DISABLED),
     errors.QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, vae_pb2.ERROR_REASON_QUEUE_FULL),
+    errors.RateLimited: (grpc.StatusCode.RESOURCE_EXHAUSTED, vae_pb2.ERROR_REASON_RATE_LIMITED),
+    errors.ModelUnloaded: (grpc.StatusCode.UNAVAILABLE, vae_pb2.ERROR_REASON_MODEL_UNLOADED),
+    errors.Draining: (grpc.StatusCode.UNAVAILABLE, vae_pb2.ERROR_REASON_DRAINING),
     errors.EngineUnavailable: (grpc.StatusCode.UNAVAILABLE, vae_pb2.ERROR_REASON_ENGINE_UNAVAILABLE),
     errors.DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, vae_pb2.ERROR_REASON_DEADLINE_EXCEEDED),
+    errors.DeadlineTooShort: (grpc.StatusCode.DEADLINE_EXCEEDED, vae_pb2.ERROR_REASON_DEADLINE_TOO_SHORT),
+    errors.RequestStalled: (grpc.StatusCode.DEADLINE_EXCEEDED, vae_pb2.ERROR_REASON_REQUEST_STALLED),
+    errors.ResponseStalled: (grpc.StatusCode.DEADLINE_EXCEEDED, vae_pb2.ERROR_REASON_RESPONSE_STALLED),
 }
 
 
@@ -60,11 +76,13 @@ def of(error: errors.ServingError) -> Status:
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
         trailers.append((FIELD_KEY, error.field))
-    if isinstance(error, errors.QueueFull):
+    if isinstance(error, errors.Busy):
         delay = Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
         trailers.append((PUSHBACK_KEY, str(round(error.retry_after_s * 1000))))
+    if isinstance(error, errors.MetadataTooLarge):
+        trailers.append((PUSHBACK_KEY, _NEVER))
     return _status(code, str(error)[:_MAX_MESSAGE], details, trailers)
 
 

@@ -1,21 +1,20 @@
 """The typed API, vae.v1.VaeService: message -> arrays -> operation -> message."""
 
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncGenerator
 from typing import Any, Final, Protocol, TypeVar
-
-from google.protobuf.message import Message
 
 from protos.vae.v1 import vae_pb2 as pb
 from serving import noise
 from serving.config import LimitsConfig
 from serving.engine.protocol import Providers
 from serving.errors import EngineUnavailable, MissingField, OutOfRange
-from serving.gateway.operations import Float32, Operations, Path, choose_seed
+from serving.gateway.calls import Method
+from serving.gateway.operations import Bound, Float32, Operations, Path, choose_seed
 from serving.tensors import check_type, from_message, to_message, to_output
+from serving.tickets import GENERATION, Ticket
 
 NAME: Final = pb.DESCRIPTOR.services_by_name["VaeService"].full_name
-
-Behaviour = Callable[[Any, float], Awaitable[Message]]
 
 ReconstructionT = TypeVar("ReconstructionT", pb.DecodeResponse, pb.ReconstructResponse)
 
@@ -29,12 +28,17 @@ _OBSERVES: Final[dict[int, bool]] = {
     pb.OBSERVATION_MEAN: False,
     pb.OBSERVATION_SAMPLE: True,
 }
+_BOUNDS: Final[dict[int, Bound]] = {
+    pb.BOUND_UNSPECIFIED: "elbo",
+    pb.BOUND_ELBO: "elbo",
+    pb.BOUND_IMPORTANCE_WEIGHTED: "importance-weighted",
+}
 _FLOATS: Final = frozenset({pb.DATA_TYPE_UNSPECIFIED, pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_FLOAT16})
 _OUTPUTS: Final = _FLOATS | {pb.DATA_TYPE_UINT8}
 
 
 class VaeService:
-    """Answers the six methods; each takes the request and the monotonic time at which it expires.
+    """Answers the methods; each takes the request and its ticket.
 
     Args:
         operations: What the service does, on arrays.
@@ -46,14 +50,14 @@ class VaeService:
         self._version = operations.manifest.version
         self.providers: Providers | None = None
 
-    async def Encode(self, request: pb.EncodeRequest, expires_at: float) -> pb.EncodeResponse:
+    async def Encode(self, request: pb.EncodeRequest, ticket: Ticket) -> pb.EncodeResponse:
         """Return posteriors, and draws from them on request."""
         self._operations.check_version(request.model_version)
         check_type(request.output_type, field="output_type", accept=_FLOATS)
         data = from_message(request.data, field="data")
         self._operations.check_num_latents(len(data), request.num_latents)
         self._operations.check_first_row(request.first_row)
-        posterior = await self._operations.encode(data, expires_at=expires_at)
+        posterior = await self._operations.encode(data, ticket=ticket)
         response = pb.EncodeResponse(
             mean=_message(posterior.mean, request.output_type),
             log_var=_message(posterior.log_var, request.output_type),
@@ -61,24 +65,24 @@ class VaeService:
         )
         if request.num_latents:
             seed = _seed(request)
-            latents = self._operations.draw_latents(
+            latents = await self._operations.draw_latents(
                 posterior, request.num_latents, seed, first_row=request.first_row
             )
             response.latents.CopyFrom(_message(latents, request.output_type))
             response.seed = seed
         return response
 
-    async def Decode(self, request: pb.DecodeRequest, expires_at: float) -> pb.DecodeResponse:
+    async def Decode(self, request: pb.DecodeRequest, ticket: Ticket) -> pb.DecodeResponse:
         """Return means of p(x | z), or draws from it."""
         self._operations.check_version(request.model_version)
         observes = _observes(request)
         self._operations.check_first_row(request.first_row)
         latents = from_message(request.latents, field="latents")
-        mean = await self._operations.decode(latents, expires_at=expires_at)
+        mean = await self._operations.decode(latents, ticket=ticket)
         response = pb.DecodeResponse(model_version=self._version)
-        return self._reconstructed(response, request, mean, observes=observes)
+        return await self._reconstructed(response, request, mean, observes=observes)
 
-    async def Sample(self, request: pb.SampleRequest, expires_at: float) -> pb.SampleResponse:
+    async def Sample(self, request: pb.SampleRequest, ticket: Ticket) -> pb.SampleResponse:
         """Return draws from the prior, decoded."""
         self._operations.check_version(request.model_version)
         observes = _observes(request)
@@ -88,7 +92,7 @@ class VaeService:
             first_row=request.first_row,
             temperature=request.temperature if request.HasField("temperature") else 1.0,
             observe=observes,
-            expires_at=expires_at,
+            ticket=ticket,
         )
         return pb.SampleResponse(
             samples=_message(samples.observations, request.output_type),
@@ -97,17 +101,17 @@ class VaeService:
             model_version=self._version,
         )
 
-    async def Reconstruct(self, request: pb.ReconstructRequest, expires_at: float) -> pb.ReconstructResponse:
+    async def Reconstruct(self, request: pb.ReconstructRequest, ticket: Ticket) -> pb.ReconstructResponse:
         """Return the decoded posterior means of data."""
         self._operations.check_version(request.model_version)
         observes = _observes(request)
         self._operations.check_first_row(request.first_row)
         data = from_message(request.data, field="data")
-        mean = await self._operations.reconstruct(data, expires_at=expires_at)
+        mean = await self._operations.reconstruct(data, ticket=ticket)
         response = pb.ReconstructResponse(model_version=self._version)
-        return self._reconstructed(response, request, mean, observes=observes)
+        return await self._reconstructed(response, request, mean, observes=observes)
 
-    async def Interpolate(self, request: pb.InterpolateRequest, expires_at: float) -> pb.InterpolateResponse:
+    async def Interpolate(self, request: pb.InterpolateRequest, ticket: Ticket) -> pb.InterpolateResponse:
         """Return decoded points between two ends."""
         self._operations.check_version(request.model_version)
         check_type(request.output_type, field="output_type", accept=_OUTPUTS)
@@ -123,7 +127,7 @@ class VaeService:
             request.num_steps,
             kind=kind,
             path=path,
-            expires_at=expires_at,
+            ticket=ticket,
         )
         return pb.InterpolateResponse(
             observations=_message(means, request.output_type),
@@ -131,7 +135,54 @@ class VaeService:
             model_version=self._version,
         )
 
-    async def GetModel(self, _request: pb.GetModelRequest, _expires_at: float) -> pb.GetModelResponse:
+    async def Score(self, request: pb.ScoreRequest, ticket: Ticket) -> pb.ScoreResponse:
+        """Return lower bounds on log p(x)."""
+        self._operations.check_version(request.model_version)
+        if (bound := _BOUNDS.get(request.bound)) is None:
+            expected, actual = "ELBO or IMPORTANCE_WEIGHTED", f"unknown value {request.bound}"
+            raise OutOfRange("bound", expected=expected, actual=actual)
+        seed = _seed(request)
+        scores = await self._operations.score(
+            from_message(request.data, field="data"),
+            bound=bound,
+            num_latents=request.num_latents or 1,
+            seed=seed,
+            first_row=request.first_row,
+            ticket=ticket,
+        )
+        return pb.ScoreResponse(
+            score=to_message(scores.score),
+            log_likelihood=to_message(scores.log_likelihood),
+            kl=to_message(scores.kl),
+            seed=seed,
+            model_version=self._version,
+        )
+
+    async def SampleStream(
+        self, request: pb.SampleStreamRequest, ticket: Ticket
+    ) -> AsyncGenerator[pb.SampleStreamResponse]:
+        """Return draws from the prior, decoded, chunk by chunk."""
+        self._operations.check_version(request.model_version)
+        chunks = self._operations.sample_stream(
+            request.num_samples,
+            seed=_seed(request),
+            first_row=request.first_row,
+            temperature=request.temperature if request.HasField("temperature") else 1.0,
+            observe=_observes(request),
+            max_chunk_rows=request.max_chunk_rows,
+            ticket=ticket,
+        )
+        async with contextlib.aclosing(chunks):
+            async for first_row, (observations, draw) in chunks:
+                yield pb.SampleStreamResponse(
+                    first_row=first_row,
+                    samples=_message(observations, request.output_type),
+                    latents=to_message(draw.latents()) if request.include_latents else None,
+                    seed=draw.seed,
+                    model_version=self._version,
+                )
+
+    async def GetModel(self, _request: pb.GetModelRequest, _ticket: Ticket) -> pb.GetModelResponse:
         """Return what is known of the model."""
         if self.providers is None:
             raise EngineUnavailable(graph="model")
@@ -151,12 +202,14 @@ class VaeService:
                 max_latents_per_row=limits.max_latents_per_row,
                 max_request_bytes=limits.max_request_bytes,
                 max_deadline_s=limits.max_deadline_s,
+                max_stream_rows=limits.max_stream_rows,
+                max_stream_s=limits.max_stream_s,
             ),
             encoder_provider=self.providers.encoder,
             decoder_provider=self.providers.decoder,
         )
 
-    def _reconstructed(
+    async def _reconstructed(
         self,
         response: ReconstructionT,
         request: pb.DecodeRequest | pb.ReconstructRequest,
@@ -167,19 +220,24 @@ class VaeService:
         """Return the response with means of p(x | z), or with draws and their seed."""
         if observes:
             response.seed = _seed(request)
-            mean = self._operations.observe(mean, response.seed, first_row=request.first_row)
+            rows = request.first_row, len(mean)
+            mean = await self._operations.observe(mean, response.seed, rows=rows)
         response.reconstruction.CopyFrom(_message(mean, request.output_type))
         return response
 
-    def methods(self) -> dict[str, tuple[type[Message], Behaviour]]:
-        """Return every method of the service: its name, the class of its request, its behaviour."""
+    def methods(self) -> dict[str, Method]:
+        """Return every method of the service by its name. What is drawn from the prior is shed first."""
         return {
-            "Encode": (pb.EncodeRequest, self.Encode),
-            "Decode": (pb.DecodeRequest, self.Decode),
-            "Sample": (pb.SampleRequest, self.Sample),
-            "Reconstruct": (pb.ReconstructRequest, self.Reconstruct),
-            "Interpolate": (pb.InterpolateRequest, self.Interpolate),
-            "GetModel": (pb.GetModelRequest, self.GetModel),
+            "Encode": Method(pb.EncodeRequest, self.Encode),
+            "Decode": Method(pb.DecodeRequest, self.Decode),
+            "Sample": Method(pb.SampleRequest, self.Sample, priority=GENERATION, is_small=True),
+            "Reconstruct": Method(pb.ReconstructRequest, self.Reconstruct),
+            "Interpolate": Method(pb.InterpolateRequest, self.Interpolate),
+            "Score": Method(pb.ScoreRequest, self.Score),
+            "SampleStream": Method(
+                pb.SampleStreamRequest, server_stream=self.SampleStream, priority=GENERATION, is_small=True
+            ),
+            "GetModel": Method(pb.GetModelRequest, self.GetModel, is_small=True),
         }
 
 

@@ -9,23 +9,25 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 PROTO = "protos/vae/v1/vae.proto"
-STUBS = ("vae_pb2.py", "vae_pb2.pyi", "vae_pb2_grpc.py", "vae_pb2_grpc.pyi")
+PROTOS = (PROTO, "protos/inference/inference.proto")
+STUBS = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
 
 
 def _run(*command: object, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_the_stubs_are_fresh(tmp_path: Path) -> None:
+@pytest.mark.parametrize("proto", PROTOS)
+def test_the_stubs_are_fresh(tmp_path: Path, proto: str) -> None:
     """Generating again changes no byte: nobody edited a stub, or forgot one."""
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
     # protoc finds its plugins on the path; those of this environment are the pinned ones.
     plugins = [f"--plugin={name}={BIN / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")]
-    result = _run(sys.executable, "-m", "grpc_tools.protoc", "-I", ".", *plugins, *outputs, PROTO)
+    result = _run(sys.executable, "-m", "grpc_tools.protoc", "-I", ".", *plugins, *outputs, proto)
     assert result.returncode == 0, result.stderr
-    for name in STUBS:
-        fresh = (tmp_path / "protos/vae/v1" / name).read_text()
-        assert fresh == (ROOT / "protos/vae/v1" / name).read_text(), f"{name} is stale: run `make protos`"
+    for ending in STUBS:
+        name = proto.removesuffix(".proto") + ending
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text(), f"{name} is stale: run `make protos`"
 
 
 def test_the_proto_is_clean() -> None:

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from protos.vae.v1 import vae_pb2 as pb
 from serving.bundle import Bundle, Manifest
 from serving.config import ServingConfig
-from serving.engine.protocol import Posterior, Providers, Rows
+from serving.engine.protocol import DecoderOutput, Posterior, Providers, Rows
 from serving.errors import EngineUnavailable
 from serving.gateway.server import GatewayServer
 
@@ -46,17 +46,17 @@ class PuppetEngine:
         """One run of each graph at a time."""
         return 1
 
-    async def encode(self, data: Rows) -> Posterior:
+    async def encode(self, data: Rows, _timeout_s: float) -> Posterior:
         """Return the first pixels as means, and unit variances."""
         await self._obey()
         self.num_encoded += len(data)
         mean = data.reshape(len(data), -1)[:, : self._manifest.latent_dim].astype(np.float32) / 255
         return Posterior(mean, np.zeros_like(mean))
 
-    async def decode(self, latents: Rows) -> Rows:
-        """Return one half everywhere."""
+    async def decode(self, latents: Rows, _timeout_s: float, output: DecoderOutput = "mean") -> Rows:
+        """Return means of one half everywhere."""
         await self._obey()
-        return np.full((len(latents), *self._manifest.data_shape), 0.5, np.float32)
+        return np.full((len(latents), *self._manifest.data_shape), 0.5 if output == "mean" else 0.0, np.float32)
 
     async def check(self) -> Providers:
         """Answer, unless ill."""

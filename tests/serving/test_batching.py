@@ -10,11 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from serving.batching import BatchReport, Outputs, RowBatcher
+from serving.batching import BatchReport, RowBatcher
 from serving.config import MIB, BatchingConfig
-from serving.errors import DeadlineExceeded, EngineUnavailable, QueueFull
+from serving.errors import DeadlineExceeded, DeadlineTooShort, EngineUnavailable, QueueFull
+from serving.queueing import Outputs
+from serving.tickets import Ticket
 
 Rows = NDArray[Any]
 FOREVER = math.inf
@@ -38,7 +42,7 @@ class Puppet:
     def __init__(self) -> None:
         self.runs: list[tuple[Rows, asyncio.Future[Outputs]]] = []
 
-    async def run(self, rows: Rows) -> Outputs:
+    async def run(self, rows: Rows, _timeout_s: float = FOREVER) -> Outputs:
         """Begin a run."""
         future: asyncio.Future[Outputs] = asyncio.get_running_loop().create_future()
         self.runs.append((rows, future))
@@ -113,9 +117,16 @@ async def make(puppet: Puppet, clock: Clock) -> AsyncIterator[Make]:
         await batcher.close()
 
 
-def submit(batcher: RowBatcher, rows: Rows, expires_at: float = FOREVER) -> asyncio.Task[Outputs]:
+def submit(
+    batcher: RowBatcher, rows: Rows, expires_at: float = FOREVER, *, client: str = "", priority: int = 1
+) -> asyncio.Task[Outputs]:
     """Submit in a task of its own."""
-    return asyncio.get_running_loop().create_task(batcher.submit(rows, expires_at=expires_at))
+    return submit_with(batcher, rows, Ticket(expires_at, client=client, priority=priority))
+
+
+def submit_with(batcher: RowBatcher, rows: Rows, ticket: Ticket) -> asyncio.Task[Outputs]:
+    """Submit in a task of its own, with a ticket to look at."""
+    return asyncio.get_running_loop().create_task(batcher.submit(rows, ticket))
 
 
 async def test_an_idle_engine_gets_the_first_row_at_once(make: Make, puppet: Puppet) -> None:
@@ -361,7 +372,7 @@ async def test_a_full_queue_sheds_and_says_when_to_return(make: Make, puppet: Pu
     second = submit(batcher, tagged(1, 4))
     await turns()
     with pytest.raises(QueueFull, match="the service is busy; retry in ") as caught:
-        await done(batcher.submit(tagged(2, 1), expires_at=FOREVER))
+        await done(batcher.submit(tagged(2, 1), Ticket(FOREVER)))
     assert 0.05 <= caught.value.retry_after_s <= 5
     assert batcher.num_rows == 10
     second.cancel()
@@ -386,7 +397,7 @@ async def test_the_queue_is_bounded_in_bytes(make: Make) -> None:
     first, second = submit(batcher, wide), submit(batcher, wide)
     await turns()
     with pytest.raises(QueueFull, match="busy"):
-        await done(batcher.submit(wide, expires_at=FOREVER))
+        await done(batcher.submit(wide, Ticket(FOREVER)))
     second.cancel()
     await turns()
     third = submit(batcher, wide)
@@ -416,7 +427,7 @@ async def test_the_delay_grows_with_the_queue(make: Make, puppet: Puppet, clock:
     submit(batcher, tagged(1, 100))
     await turns()
     with pytest.raises(QueueFull, match=r"retry in 1\.00 s") as caught:
-        await done(batcher.submit(tagged(2, 1), expires_at=FOREVER))
+        await done(batcher.submit(tagged(2, 1), Ticket(FOREVER)))
     assert caught.value.retry_after_s == pytest.approx(1.0)  # 100 rows at 10 rows in 0.1 s
 
 
@@ -424,7 +435,7 @@ class Poison(Exception):
     """What the engine says to a poisonous row."""
 
 
-async def _refuse_poison(rows: Rows) -> Outputs:
+async def _refuse_poison(rows: Rows, _timeout_s: float) -> Outputs:
     await asyncio.sleep(0)
     if (rows < 0).any():
         raise Poison("poison")
@@ -451,7 +462,7 @@ async def test_a_poisonous_request_hurts_only_itself() -> None:
 async def test_a_wrong_number_of_rows_is_an_error_and_no_mix_up(change: int) -> None:
     """An engine that loses or invents a row makes every caller fail; nobody gets another's rows."""
 
-    async def wrong(rows: Rows) -> Outputs:
+    async def wrong(rows: Rows, _timeout_s: float) -> Outputs:
         return (np.resize(rows, (len(rows) + change, *rows.shape[1:])),)
 
     batcher = _on(wrong)
@@ -466,7 +477,7 @@ async def test_a_wrong_number_of_rows_is_an_error_and_no_mix_up(change: int) -> 
 async def test_an_engine_that_is_cancelled_hangs_nobody(num_requests: int) -> None:
     """A CancelledError that comes out of the engine reaches the callers as an error."""
 
-    async def cancelled(_rows: Rows) -> Outputs:
+    async def cancelled(_rows: Rows, _timeout_s: float) -> Outputs:
         raise asyncio.CancelledError
 
     batcher = _on(cancelled)
@@ -481,7 +492,7 @@ async def test_an_engine_that_is_cancelled_on_the_second_try_hangs_nobody() -> N
     """A CancelledError while a failed batch is repeated request by request reaches all of its callers."""
     num_runs = 0
 
-    async def cancelled_later(_rows: Rows) -> Outputs:
+    async def cancelled_later(_rows: Rows, _timeout_s: float) -> Outputs:
         nonlocal num_runs
         num_runs += 1
         if num_runs == 1:
@@ -507,7 +518,7 @@ async def test_closing_fails_what_waits_and_what_runs(make: Make) -> None:
         with pytest.raises(EngineUnavailable, match="not available"):
             await done(task)
     with pytest.raises(EngineUnavailable, match="not available"):
-        await done(batcher.submit(tagged(2, 1), expires_at=FOREVER))
+        await done(batcher.submit(tagged(2, 1), Ticket(FOREVER)))
     assert (batcher.num_rows, batcher.num_in_flight) == (0, 0)
 
 
@@ -631,7 +642,7 @@ async def test_types_may_mix_in_one_run() -> None:
     """Rows of uint8 and of float32 share a run, and both are exact."""
     seen: list[np.dtype[Any]] = []
 
-    async def echo(rows: Rows) -> Outputs:
+    async def echo(rows: Rows, _timeout_s: float) -> Outputs:
         seen.append(rows.dtype)
         return (rows.astype(np.float32),)
 
@@ -651,7 +662,7 @@ async def test_whatever_happens_each_row_is_right_or_a_clear_error(  # noqa: C90
     random = np.random.default_rng([seed, example])
     counts = {"right": 0, "failed": 0, "cancelled": 0, "shed": 0, "late": 0}
 
-    async def moody(rows: Rows) -> Outputs:
+    async def moody(rows: Rows, _timeout_s: float) -> Outputs:
         await asyncio.sleep(float(random.choice([0, 0, 0.001, 0.003])))
         mood = random.random()
         if mood < 0.05:
@@ -670,12 +681,12 @@ async def test_whatever_happens_each_row_is_right_or_a_clear_error(  # noqa: C90
         timeout_s = float(random.choice([0.002, 0.01, 5, 5, 5]))
         try:
             async with asyncio.timeout(float(random.choice([0.003, 5, 5, 5, 5]))):
-                outputs = await batcher.submit(rows, expires_at=time.monotonic() + timeout_s)
+                outputs = await batcher.submit(rows, Ticket(time.monotonic() + timeout_s))
         except TimeoutError:
             counts["cancelled"] += 1
         except (Poison, EngineUnavailable):
             counts["failed"] += 1
-        except DeadlineExceeded:
+        except (DeadlineExceeded, DeadlineTooShort):
             counts["late"] += 1
         except QueueFull:
             counts["shed"] += 1
@@ -700,7 +711,7 @@ async def test_an_engine_that_is_not_there_is_not_asked_again_for_each_caller() 
     """All callers of a batch hear at once that they may repeat; their inputs are not to blame."""
     num_runs = 0
 
-    async def absent(_: Rows) -> Outputs:
+    async def absent(_: Rows, _timeout_s: float) -> Outputs:
         nonlocal num_runs
         num_runs += 1
         raise EngineUnavailable(graph="encoder")
@@ -711,3 +722,367 @@ async def test_an_engine_that_is_not_there_is_not_asked_again_for_each_caller() 
         with pytest.raises(EngineUnavailable, match="safe to repeat"):
             await done(task)
     assert num_runs == 1
+
+
+@pytest.mark.parametrize(("priority", "bound"), [(1, 100), (2, 80), (3, 50)])
+async def test_the_less_urgent_are_shed_first(make: Make, priority: int, bound: int) -> None:
+    """Each priority has its own share of the queue, to the row, and is shed above it."""
+    batcher = make(max_queue_rows=100, shed_at=(1.0, 0.8, 0.5))
+    submit(batcher, tagged(0, 1))
+    await turns(3)
+    with pytest.raises(QueueFull, match="busy"):
+        await done(submit(batcher, tagged(1, bound), priority=priority))
+    submit(batcher, tagged(1, bound - 1), priority=priority)
+    await turns(3)
+    assert batcher.num_rows == bound
+    for lower in range(priority, 4):
+        with pytest.raises(QueueFull, match="busy"):
+            await done(submit(batcher, tagged(2, 1), priority=lower))
+    if priority > 1:
+        urgent = submit(batcher, tagged(2, 1), priority=priority - 1)
+        await turns(3)
+        assert not urgent.done()
+
+
+async def test_bytes_are_shed_by_priority_too(make: Make) -> None:
+    """The share of a priority is one of the bytes as well."""
+    batcher = make(max_queue_bytes=MIB)
+    submit(batcher, np.zeros((1, MIB // 8), np.float32))
+    await turns(3)
+    wide = np.zeros((1, MIB // 12), np.float32)  # together 0.83 of the bound
+    with pytest.raises(QueueFull, match="busy"):
+        await done(submit(batcher, wide, priority=2))
+    submit(batcher, wide, priority=1)
+    await turns(3)
+    assert batcher.num_rows == 2
+
+
+async def test_a_client_alone_may_fill_the_queue_and_not_beside_others(make: Make) -> None:
+    """Above half of the bound, each of the clients that wait may hold its share of it; a new one always fits."""
+    batcher = make(max_queue_rows=100)
+    greedy = submit(batcher, tagged(0, 60), client="greedy")
+    await turns(3)
+    more = submit(batcher, tagged(1, 20), client="greedy")
+    await turns(3)
+    assert batcher.num_rows == 80  # alone: as much as there is
+    polite = submit(batcher, tagged(2, 10), client="polite")
+    await turns(3)
+    assert batcher.num_rows == 90
+    with pytest.raises(QueueFull, match="busy"):
+        await done(submit(batcher, tagged(3, 1), client="greedy"))  # 80 are more than half of 100 already
+    again = submit(batcher, tagged(4, 10), client="polite")
+    await turns(3)
+    assert batcher.num_rows == 100
+    for task in (polite, again):
+        task.cancel()
+    await turns(3)
+    submit(batcher, tagged(5, 20), client="greedy")  # alone again
+    await turns(3)
+    assert batcher.num_rows == 100
+    assert not greedy.done()
+    assert not more.done()
+
+
+async def test_an_empty_queue_takes_one_request_of_any_size_and_priority(make: Make) -> None:
+    """The bounds are for what comes beside others."""
+    batcher = make(max_queue_rows=4, max_queue_bytes=MIB)
+    task = submit(batcher, np.zeros((40, MIB // 16), np.float32), priority=3)
+    await turns(3)
+    assert (batcher.num_rows, task.done()) == (40, False)
+    with pytest.raises(QueueFull, match="busy"):
+        await done(submit(batcher, tagged(1, 1)))
+    task.cancel()
+
+
+async def test_a_ticket_says_what_its_rows_took(make: Make, puppet: Puppet, clock: Clock) -> None:
+    """Waiting ends with the first run, running with the last; rows that share a run share it in the account."""
+    batcher = make()
+    first, second = Ticket(FOREVER), Ticket(FOREVER)
+    tasks = [submit_with(batcher, tagged(0, 12), first)]
+    await turns()
+    clock.now += 1
+    tasks.append(submit_with(batcher, tagged(1, 4), second))
+    await turns()
+    clock.now += 2
+    puppet.finish(0)  # eight rows of the first
+    await turns()
+    assert puppet.sizes() == [8, 8]
+    clock.now += 4
+    puppet.finish(1)  # four of each
+    await done(asyncio.gather(*tasks))
+    assert (first.num_rows, first.queue_s, first.run_s) == (12, 0.0, 7.0)
+    assert (second.num_rows, second.queue_s, second.run_s) == (4, 2.0, 4.0)
+    assert (first.run_share, second.run_share) == (1.5, 0.5)
+
+
+async def test_the_shares_of_all_tickets_are_the_runs(make: Make, puppet: Puppet) -> None:
+    """Whatever the sizes, the shares of runs sum to the number of runs, and each ticket has all its rows."""
+    batcher = make()
+    sizes = (1, 5, 8, 13, 2, 40, 3)
+    tickets = [Ticket(FOREVER) for _ in sizes]
+    tasks = [submit_with(batcher, tagged(i, size), tickets[i]) for i, size in enumerate(sizes)]
+    while not all(task.done() for task in tasks):
+        await turns()
+        puppet.finish(len(puppet.runs) - 1)
+    assert [ticket.num_rows for ticket in tickets] == list(sizes)
+    assert sum(ticket.run_share for ticket in tickets) == pytest.approx(len(puppet.runs))
+
+
+async def test_an_unanswered_ticket_counts_no_rows(make: Make, puppet: Puppet) -> None:
+    """Rows of a call that failed or left are nobody's answer."""
+    batcher = make()
+    gone, failed = Ticket(FOREVER), Ticket(FOREVER)
+    leaving = submit_with(batcher, tagged(0, 3), gone)
+    await turns()
+    failing = submit_with(batcher, tagged(1, 3), failed)
+    await turns()
+    leaving.cancel()
+    puppet.finish(0)
+    await turns()
+    puppet.fail(1, EngineUnavailable(graph="encoder"))
+    with pytest.raises(EngineUnavailable, match="not available"):
+        await done(failing)
+    assert (gone.num_rows, failed.num_rows, failed.run_share) == (0, 0, 0.0)
+
+
+async def measured(batcher: RowBatcher, puppet: Puppet, clock: Clock, sizes: list[int], run_s: float) -> None:
+    """Let runs of these sizes take so long, one after the other, on an idle engine."""
+    for size in sizes:
+        task = submit(batcher, tagged(0, size))
+        await turns(3)
+        clock.now += run_s
+        puppet.finish(len(puppet.runs) - 1)
+        await done(task)
+
+
+async def test_nobody_is_refused_by_guess(make: Make, clock: Clock) -> None:
+    """While nothing was measured, the shortest deadline and the longest queue are tried."""
+    batcher = make(max_queue_rows=100_000)
+    tasks = [submit(batcher, tagged(i, 1000), clock.now + 1e-6) for i in range(10)]
+    await turns(3)
+    assert not any(task.done() for task in tasks)
+    assert batcher.num_rows == 10_000
+
+
+async def test_a_deadline_below_the_measured_time_is_refused_at_once(
+    make: Make, puppet: Puppet, clock: Clock
+) -> None:
+    """Who cannot be answered even by an idle engine hears so before its rows cost anything."""
+    batcher = make()
+    await measured(batcher, puppet, clock, [4] * 3, 0.1)
+    with pytest.raises(
+        DeadlineTooShort, match=r"leaves 0\.090 s, and a call like this takes about 0\.100 s"
+    ) as caught:
+        await done(submit(batcher, tagged(1, 4), clock.now + 0.09))
+    assert (caught.value.given_s, caught.value.needed_s) == pytest.approx((0.09, 0.1))
+    assert (batcher.num_rows, len(puppet.runs)) == (0, 3)
+    task = submit(batcher, tagged(1, 4), clock.now + 0.11)
+    await turns(3)
+    puppet.finish(3)
+    await done(task)
+
+
+async def test_what_has_expired_is_not_called_too_short(make: Make, puppet: Puppet, clock: Clock) -> None:
+    """A deadline that has passed is DEADLINE_EXCEEDED, whatever was measured."""
+    batcher = make()
+    await measured(batcher, puppet, clock, [4] * 3, 0.1)
+    for late_s in (0.0, 1.0):
+        with pytest.raises(DeadlineExceeded, match="passed"):
+            await done(submit(batcher, tagged(1, 4), clock.now - late_s))
+
+
+async def test_work_ahead_that_takes_too_long_is_a_full_queue(make: Make, puppet: Puppet, clock: Clock) -> None:
+    """A caller whose turn would come too late is told to return; one with more time waits."""
+    batcher = make(max_queue_rows=1000)
+    await measured(batcher, puppet, clock, [8] * 3, 0.1)
+    ahead = [submit(batcher, tagged(i, 8), clock.now + 1.05) for i in range(11)]
+    await turns()
+    assert puppet.sizes()[3:] == [8]  # one runs, ten wait: a second
+    with pytest.raises(
+        QueueFull, match=r"about 1\.00 s of work is ahead, more than the deadline leaves"
+    ) as caught:
+        await done(submit(batcher, tagged(20, 8), clock.now + 1.05))
+    assert caught.value.retry_after_s == pytest.approx(1.1, rel=0.05)  # 88 rows at 80 a second
+    patient = submit(batcher, tagged(21, 8), clock.now + 1.15)
+    await turns(3)
+    assert not patient.done()
+    assert not any(task.done() for task in ahead)
+
+
+async def test_the_work_of_others_does_not_close_the_door(make: Make, puppet: Puppet, clock: Clock) -> None:
+    """Few rows with little time come in beside a long queue: they are in the next run."""
+    batcher = make(max_queue_rows=10_000)
+    await measured(batcher, puppet, clock, [8] * 3, 0.1)
+    submit(batcher, tagged(1, 8), clock.now + 60, client="large")
+    await turns()
+    submit(batcher, tagged(2, 800), clock.now + 60, client="large")
+    await turns()
+    small = submit(batcher, tagged(3, 2), clock.now + 0.5, client="small")
+    urgent = submit(batcher, tagged(4, 2), clock.now + 0.5, client="large")  # its own deadlines are later
+    await turns()
+    assert not small.done()
+    assert not urgent.done()
+    clock.now += 0.1
+    puppet.finish(3)
+    await turns()
+    clock.now += 0.1
+    puppet.finish(4)
+    np.testing.assert_array_equal((await done(small))[0], tagged(3, 2) * 2)
+    np.testing.assert_array_equal((await done(urgent))[0], tagged(4, 2) * 2)
+
+
+async def test_less_urgent_work_is_not_ahead(make: Make, puppet: Puppet, clock: Clock) -> None:
+    """Generation and background work do not keep out what callers have sent."""
+    batcher = make(max_queue_rows=1000)
+    await measured(batcher, puppet, clock, [8] * 3, 0.1)
+    submit(batcher, tagged(1, 400), clock.now + 0.9, priority=3)
+    await turns()
+    with pytest.raises(QueueFull, match="of work is ahead"):
+        await done(submit(batcher, tagged(2, 8), clock.now + 1, priority=3))
+    urgent = submit(batcher, tagged(3, 8), clock.now + 1, priority=1)
+    await turns(3)
+    assert not urgent.done()
+
+
+async def test_a_service_that_refuses_recovers(make: Make, puppet: Puppet, clock: Clock) -> None:
+    """After a slow time, a caller with a short deadline is tried again after some half-lives; then all come in."""
+    batcher = make()
+    await measured(batcher, puppet, clock, [1] * 3, 1.0)
+    with pytest.raises(DeadlineTooShort, match="takes about"):
+        await done(submit(batcher, tagged(1, 1), clock.now + 0.1))
+    clock.now += 6.7  # ten times less: three half-lives and a third, of two seconds
+    task = submit(batcher, tagged(1, 1), clock.now + 0.1)
+    await turns(3)
+    clock.now += 0.01
+    puppet.finish(3)
+    await done(task)
+    for index in range(4, 14):
+        again = submit(batcher, tagged(1, 1), clock.now + 0.1)
+        await turns(3)
+        clock.now += 0.01
+        puppet.finish(index)
+        await done(again)
+
+
+async def test_one_slow_run_shuts_nobody_out(make: Make, puppet: Puppet, clock: Clock) -> None:
+    """A run of a minute among runs of ten milliseconds: the next caller with a tenth of a second comes in."""
+    batcher = make()
+    await measured(batcher, puppet, clock, [1] * 3, 0.01)
+    await measured(batcher, puppet, clock, [1], 60.0)
+    task = submit(batcher, tagged(1, 1), clock.now + 0.1)
+    await turns(3)
+    puppet.finish(4)
+    await done(task)
+
+
+async def test_a_slow_first_run_shuts_nobody_out(make: Make, puppet: Puppet, clock: Clock) -> None:
+    """A graph that wakes up in ten seconds and then is fast is open to short deadlines at once."""
+    batcher = make()
+    await measured(batcher, puppet, clock, [1], 10.0)
+    for index in range(1, 6):
+        task = submit(batcher, tagged(1, 1), clock.now + 0.1)
+        await turns(3)
+        clock.now += 0.01
+        puppet.finish(index)
+        await done(task)
+
+
+class Simulation:
+    """A batcher on an engine of one processor in virtual time: a run of n rows needs a + b n seconds of it.
+
+    Args:
+        fixed_s: The a of a run.
+        per_row_s: The b of a run.
+        num_parallel: Runs that share the processor evenly.
+    """
+
+    def __init__(self, fixed_s: float, per_row_s: float, num_parallel: int) -> None:
+        self.fixed_s, self.per_row_s, self.clock = fixed_s, per_row_s, Clock()
+        self.left_s: dict[asyncio.Future[None], float] = {}
+        self.batcher = RowBatcher(
+            self._run,
+            _bounds({"max_full_in_flight": num_parallel, "max_queue_rows": 10_000}),
+            name="encoder",
+            num_slots=num_parallel,
+            clock=self.clock,
+        )
+
+    def time_of(self, num_rows: int) -> float:
+        """Return the time of one run on the idle engine."""
+        return self.fixed_s + self.per_row_s * num_rows
+
+    async def _run(self, rows: Rows, _timeout_s: float) -> Outputs:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.left_s[future] = self.time_of(len(rows))
+        await future
+        return (rows,)
+
+    async def advance(self, seconds: float) -> None:
+        """Let so much time pass, and end the runs that end in it."""
+        while True:
+            await turns(60)
+            step = min([left * len(self.left_s) for left in self.left_s.values()], default=math.inf)
+            used = min(step, seconds)
+            self.clock.now += used
+            seconds -= used
+            for future in list(self.left_s):
+                self.left_s[future] -= used / max(1, len(self.left_s))
+            ended = [future for future, left in self.left_s.items() if left <= 1e-12]
+            for future in ended:
+                del self.left_s[future]
+                future.set_result(None)
+            if not ended and seconds <= 0:
+                return
+
+
+@given(
+    fixed_s=st.sampled_from([0.0, 0.001, 0.1]),
+    per_row_s=st.sampled_from([0.0001, 0.01]),
+    num_parallel=st.sampled_from([1, 3]),
+    calls=st.lists(
+        st.tuples(
+            st.sampled_from([1, 2, 7, 8, 20]),
+            st.sampled_from([0.3, 0.9, 1.05, 2.0, 10.0]),
+            st.sampled_from([0.0, 0.0, 0.1, 1.0, 30.0]),
+            st.sampled_from("ab"),
+        ),
+        min_size=5,
+        max_size=40,
+    ),
+)
+@settings(max_examples=40, deadline=None)
+def test_who_could_be_answered_in_time_is_never_told_that_its_deadline_is_too_short(
+    fixed_s: float, per_row_s: float, num_parallel: int, calls: list[tuple[int, float, float, str]]
+) -> None:
+    """Deadlines are refused as too short only where the idle engine would miss them; no answer is wrong."""
+
+    async def simulate() -> None:
+        simulation = Simulation(fixed_s, per_row_s, num_parallel)
+
+        async def call(tag: int, num_rows: int, factor: float, client: str) -> str:
+            alone_s = sum(simulation.time_of(min(8, num_rows - start)) for start in range(0, num_rows, 8))
+            rows, timeout_s = tagged(tag, num_rows), factor * alone_s
+            ticket = Ticket(simulation.clock.now + timeout_s, client=client)
+            try:
+                outputs = await simulation.batcher.submit(rows, ticket)
+            except DeadlineTooShort:
+                assert timeout_s < alone_s
+                return "short"
+            except (DeadlineExceeded, QueueFull):
+                return "late"
+            np.testing.assert_array_equal(outputs[0], rows)
+            return "right"
+
+        tasks = []
+        for tag, (num_rows, factor, pause, client) in enumerate(calls):
+            tasks.append(asyncio.ensure_future(call(tag, num_rows, factor, client)))
+            await simulation.advance(pause * simulation.time_of(8))
+        await simulation.advance(1e6)
+        assert {task.result() for task in tasks} <= {"short", "late", "right"}
+        assert (simulation.batcher.num_rows, simulation.batcher.num_in_flight) == (0, 0)
+        last = asyncio.ensure_future(call(999, 8, 1.05, "c"))  # on the idle engine, with enough time: always right
+        await simulation.advance(1e6)
+        assert last.result() == "right"
+        await simulation.batcher.close()
+
+    asyncio.run(simulate())

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serving import cli
+from serving import api_keys, cli
+from serving import config as configuration
 from serving.demo import free_port
 from tests.bundles import small_bundle
+from tests.certificates import Authority, ServerFiles
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 60
 MAX_ROWS = 4
+KEY = "vae_a-key-that-nobody-may-see"
 
 
 class Result(NamedTuple):
@@ -62,7 +65,7 @@ def _wrong(result: Result, code: int = 2) -> str:
     return line.removeprefix("vae-serve: ")
 
 
-def _up(bundle: Path, *arguments: object) -> "subprocess.Popen[str]":
+def _up(bundle: Path, *arguments: object, environment: dict[str, str] | None = None) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "serving", "up", "--bundle", str(bundle), "--engine", "in-process"]
     return subprocess.Popen(
         [*command, *map(str, arguments)],
@@ -70,7 +73,7 @@ def _up(bundle: Path, *arguments: object) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONWARNINGS": "default"},
+        env=os.environ | {"PYTHONWARNINGS": "default"} | (environment or {}),
     )
 
 
@@ -79,8 +82,9 @@ def target(bundle_dir: Path) -> Iterator[str]:
     """Run `vae-serve up` with a small limit of rows; return its address; stop it as an operator does."""
     with _up(bundle_dir, "--port", 0, "--set", f"limits.max_rows={MAX_ROWS}") as process:
         assert process.stdout is not None
-        first, *tries = [process.stdout.readline() for _ in range(3)]
+        first, secured, *tries = [process.stdout.readline() for _ in range(4)]
         assert first.startswith("SERVING at 127.0.0.1:"), first
+        assert secured == "  secured: plaintext on loopback; anybody may call\n"
         try:
             yield first.split()[2]
         finally:
@@ -143,6 +147,15 @@ def test_check_refuses_a_damaged_bundle(command: Command, tmp_path: Path) -> Non
         (["encode", "/nowhere.npy"], "/nowhere.npy: not a readable .npy file"),
         (["up", "--bundle", "x", "--engine", "steam"], "engine: "),
         (["up", "--bundle", "x", "--port", "99999"], "gateway.port: "),
+        (["status", "--cert", "x.pem"], "--cert and --key go together"),
+        (["status", "--ca", "/nowhere.pem"], "/nowhere.pem"),
+        (["status", "--ca", __file__], "holds no certificates in PEM"),
+        (["status", "--cert", __file__, "--key", __file__], "no certificate and its key in PEM"),
+        (["status", "--api-key-file", "/nowhere"], "/nowhere: cannot be read as a key or token"),
+        (["status", "--token-file", __file__], "expected one key or token, found "),
+        (["status", "--api-key-file", "x", "--token-file", "y"], "not both"),
+        (["status", "--priority", "4"], "--priority"),
+        (["score", "/nowhere.npy"], "/nowhere.npy: not a readable .npy file"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_exit_code_2(command: Command, arguments: list[str], message: str) -> None:
@@ -284,6 +297,116 @@ def test_more_samples_than_one_call_may_have_equal_one_draw(
         process.communicate(timeout=START_TIMEOUT_S)
         assert process.returncode == 0
     assert (tmp_path / "many.npy").read_bytes() == (tmp_path / "one.npy").read_bytes()
+
+
+def test_scores_are_written_and_the_most_unusual_rows_named(
+    command: Command, target: str, pixels: Path, tmp_path: Path
+) -> None:
+    """Rows beyond the limit of one call are scored in parts; the lowest come first, and parts add up."""
+    options = ("--num-latents", 2, "--seed", 3, "--target", target)
+    facts = command("score", pixels, "--out", tmp_path / "all.npz", *options).facts
+    with np.load(tmp_path / "all.npz") as arrays:
+        score = arrays["score"]
+        np.testing.assert_allclose(score, arrays["log_likelihood"] - arrays["kl"], rtol=1e-5)
+    assert score.shape == (10,)
+    assert facts["mean_score"] == pytest.approx(float(score.mean()), abs=1e-3)
+    assert [entry["row"] for entry in facts["most_anomalous"]] == np.argsort(score)[:5].tolist()
+    command("score", pixels, "--out", tmp_path / "one.npy", *options)
+    np.testing.assert_array_equal(np.load(tmp_path / "one.npy"), score)
+    command(
+        "score",
+        pixels,
+        "--bound",
+        "importance-weighted",
+        "--out",
+        tmp_path / "tighter.npy",
+        "--priority",
+        3,
+        *options,
+    )
+    assert np.load(tmp_path / "tighter.npy").mean() > score.mean()
+
+
+@pytest.fixture(scope="module")
+def guarded(bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Run `vae-serve up` with mutual TLS and a key; return its address, and a folder with what opens it."""
+    folder = tmp_path_factory.mktemp("guarded")
+    authority = Authority()
+    files = ServerFiles.write(folder, authority.issue(), authority)
+    authority.issue("alice").write(folder, "alice")
+    (folder / "ca.crt").write_bytes(authority.certificate)
+    (folder / "alice.key.txt").write_text(f"{KEY}\n")
+    tls = {"certificate": files.certificate, "private_key": files.private_key, "client_ca": files.client_ca}
+    overrides = [part for name, path in tls.items() for part in ("--set", f"gateway.tls.{name}={path}")]
+    environment = {"VAE_API_KEYS": f"alice:{api_keys.digest_of(KEY)}"}
+    with _up(bundle_dir, "--port", 0, *overrides, environment=environment) as process:
+        assert process.stdout is not None
+        first, secured, status, _ = [process.stdout.readline() for _ in range(4)]
+        assert secured == "  secured: mutual TLS; callers need a client certificate or an API key\n"
+        assert status.endswith(" --ca CA.pem --cert CERT.pem --key KEY.pem --api-key-file FILE\n")
+        try:
+            yield first.split()[2], folder
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=START_TIMEOUT_S)
+
+
+def test_a_guarded_service_is_called_with_files(
+    command: Command, guarded: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Certificates and keys come from files, a key from the environment too, and each command takes them."""
+    target, folder = guarded
+    own = ("--ca", folder / "ca.crt", "--cert", folder / "alice.crt", "--key", folder / "alice.key")
+    for more in ((), ("--api-key-file", folder / "alice.key.txt"), ("--token-file", folder / "alice.key.txt")):
+        result = command("status", *own, *more, "--target", target, "--json")
+        assert (result.code, result.facts["name"]) == (0, "small")
+    monkeypatch.setenv("VAE_API_KEY", KEY)
+    out = tmp_path / "s.npy"
+    assert command("sample", "--num", 2, "--out", out, *own, "--target", target).code == 0
+    monkeypatch.setenv("VAE_API_KEY", "vae_wrong-key")
+    line = _wrong(command("status", *own, "--target", target), code=1)
+    assert line.startswith("UNAUTHENTICATED: ")
+    assert "wrong-key" not in line
+
+
+def test_a_key_is_not_sent_in_plaintext_to_another_machine(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key in the environment and a target without TLS are one line, and nothing is sent."""
+    monkeypatch.setenv("VAE_API_KEY", KEY)
+    line = _wrong(command("status", "--target", "vae.example:50051"))
+    assert line == (
+        "--target vae.example:50051: a key or token is never sent in plaintext to another machine; "
+        "give credentials (TLS)"
+    )
+
+
+def test_keys_are_made_on_the_command_line(command: Command, tmp_path: Path) -> None:
+    """`vae-serve keys` is part of the command line."""
+    assert command("keys", "new", "alice", "--file", tmp_path / "keys.yaml").out.startswith(api_keys.PREFIX)
+    assert "alice" in command("keys", "list", "--file", tmp_path / "keys.yaml").out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], ("plaintext on loopback; anybody may call", "")),
+        (["gateway.host=0.0.0.0"], ("plaintext, as allowed; anybody may call", "")),
+        (
+            ["gateway.tls.certificate=c", "gateway.tls.private_key=k", "gateway.auth.api_keys_file=f"],
+            ("TLS; callers need an API key", "--ca CA.pem --api-key-file FILE"),
+        ),
+        (
+            ["gateway.auth.jwt={issuer: i, audience: a, jwks: j}"],
+            ("plaintext on loopback; callers need a token", "--token-file FILE"),
+        ),
+    ],
+)
+def test_up_says_how_it_is_secured(overrides: list[str], expected: tuple[str, str]) -> None:
+    """The transport, who may call, and the options that calling takes."""
+    gateway = configuration.load(None).override(overrides).gateway
+    secured, options = cli._security(gateway)  # noqa: SLF001 - the line is its product
+    assert (secured, " ".join(options)) == expected
 
 
 def test_the_seed_that_is_told_repeats_the_draw(command: Command, target: str, tmp_path: Path) -> None:

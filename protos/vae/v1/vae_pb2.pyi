@@ -106,6 +106,30 @@ INTERPOLATION_SPHERICAL: Interpolation.ValueType  # 2
 """Great arc (Shoemake's slerp), linear where the ends are nearly parallel."""
 Global___Interpolation: _TypeAlias = Interpolation  # noqa: Y015
 
+class _Bound:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BoundEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Bound.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BOUND_UNSPECIFIED: _Bound.ValueType  # 0
+    """Not given: the ELBO."""
+    BOUND_ELBO: _Bound.ValueType  # 1
+    """Evidence lower bound: the mean of log p(x | z) under q(z | x), minus KL(q(z | x) || p(z))."""
+    BOUND_IMPORTANCE_WEIGHTED: _Bound.ValueType  # 2
+    """Importance-weighted bound (Burda et al., 2016): log of the mean of p(x, z) / q(z | x) over the drawn latents."""
+
+class Bound(_Bound, metaclass=_BoundEnumTypeWrapper):
+    """Names a lower bound on log p(x)."""
+
+BOUND_UNSPECIFIED: Bound.ValueType  # 0
+"""Not given: the ELBO."""
+BOUND_ELBO: Bound.ValueType  # 1
+"""Evidence lower bound: the mean of log p(x | z) under q(z | x), minus KL(q(z | x) || p(z))."""
+BOUND_IMPORTANCE_WEIGHTED: Bound.ValueType  # 2
+"""Importance-weighted bound (Burda et al., 2016): log of the mean of p(x, z) / q(z | x) over the drawn latents."""
+Global___Bound: _TypeAlias = Bound  # noqa: Y015
+
 class _Likelihood:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -160,6 +184,32 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The deadline passed before the answer was ready."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 13
     """A bug of the service; the text holds an id for the operator."""
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 14
+    """No credentials, or credentials that are not valid."""
+    ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 15
+    """The caller is known and may not call this method."""
+    ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 16
+    """The caller exceeds its rate; retry after the stated delay."""
+    ERROR_REASON_DEADLINE_TOO_SHORT: _ErrorReason.ValueType  # 17
+    """The call cannot finish before its deadline, so it was not begun."""
+    ERROR_REASON_REQUEST_STALLED: _ErrorReason.ValueType  # 18
+    """The body of the request did not arrive in time."""
+    ERROR_REASON_RESPONSE_STALLED: _ErrorReason.ValueType  # 19
+    """The caller did not read the answer in time."""
+    ERROR_REASON_UNKNOWN_MODEL: _ErrorReason.ValueType  # 20
+    """The model asked for does not exist."""
+    ERROR_REASON_MODEL_UNLOADED: _ErrorReason.ValueType  # 21
+    """The model asked for is out of service."""
+    ERROR_REASON_METHOD_DISABLED: _ErrorReason.ValueType  # 22
+    """The method is switched off in this service."""
+    ERROR_REASON_UNKNOWN_TENSOR: _ErrorReason.ValueType  # 23
+    """An input or output is named that the model does not have, or one that it needs is absent or named twice."""
+    ERROR_REASON_MIXED_CONTENTS: _ErrorReason.ValueType  # 24
+    """Tensor contents are given in two ways at once, or in a way their type does not allow."""
+    ERROR_REASON_METADATA_TOO_LARGE: _ErrorReason.ValueType  # 25
+    """The call brings more metadata than the limit."""
+    ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 26
+    """This server is about to stop; another one, or its successor, goes on."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Names why a call failed, for programs. Sent as `google.rpc.ErrorInfo.reason` without the prefix."""
@@ -192,6 +242,32 @@ ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 12
 """The deadline passed before the answer was ready."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 13
 """A bug of the service; the text holds an id for the operator."""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 14
+"""No credentials, or credentials that are not valid."""
+ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 15
+"""The caller is known and may not call this method."""
+ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 16
+"""The caller exceeds its rate; retry after the stated delay."""
+ERROR_REASON_DEADLINE_TOO_SHORT: ErrorReason.ValueType  # 17
+"""The call cannot finish before its deadline, so it was not begun."""
+ERROR_REASON_REQUEST_STALLED: ErrorReason.ValueType  # 18
+"""The body of the request did not arrive in time."""
+ERROR_REASON_RESPONSE_STALLED: ErrorReason.ValueType  # 19
+"""The caller did not read the answer in time."""
+ERROR_REASON_UNKNOWN_MODEL: ErrorReason.ValueType  # 20
+"""The model asked for does not exist."""
+ERROR_REASON_MODEL_UNLOADED: ErrorReason.ValueType  # 21
+"""The model asked for is out of service."""
+ERROR_REASON_METHOD_DISABLED: ErrorReason.ValueType  # 22
+"""The method is switched off in this service."""
+ERROR_REASON_UNKNOWN_TENSOR: ErrorReason.ValueType  # 23
+"""An input or output is named that the model does not have, or one that it needs is absent or named twice."""
+ERROR_REASON_MIXED_CONTENTS: ErrorReason.ValueType  # 24
+"""Tensor contents are given in two ways at once, or in a way their type does not allow."""
+ERROR_REASON_METADATA_TOO_LARGE: ErrorReason.ValueType  # 25
+"""The call brings more metadata than the limit."""
+ERROR_REASON_DRAINING: ErrorReason.ValueType  # 26
+"""This server is about to stop; another one, or its successor, goes on."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
@@ -666,6 +742,207 @@ class InterpolateResponse(_message.Message):
 Global___InterpolateResponse: _TypeAlias = InterpolateResponse  # noqa: Y015
 
 @_typing.final
+class ScoreRequest(_message.Message):
+    """Asks for bounds on log p(x)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    BOUND_FIELD_NUMBER: _builtins.int
+    NUM_LATENTS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    FIRST_ROW_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    bound: Global___Bound.ValueType
+    """Which bound. The evidence lower bound (ELBO) by default."""
+    num_latents: _builtins.int
+    """Latents that are drawn from each row's posterior to estimate the bound, in [1, max_latents_per_row]. One by
+    default. More make the ELBO less noisy, and the importance-weighted bound tighter too.
+    """
+    seed: _builtins.int
+    """Seed of the drawn latents, the same that Encode draws. Chosen by the service if absent."""
+    first_row: _builtins.int
+    """Number of the first row in the seed's endless sequence of noise, so that rows split over several calls draw
+    what one call would draw. Zero by default.
+    """
+    model_version: _builtins.str
+    """Version the model must have, as in GetModelResponse. Any version serves if empty; NOT_FOUND otherwise."""
+    @_builtins.property
+    def data(self) -> Global___Tensor:
+        """Rows of data, shape (rows, *data_shape), float32 in [0, 1] or uint8 in 255ths. Required. An intensity between
+        zero and one counts as the chance of a one: the log-likelihood is then its expectation over binarised data.
+        """
+
+    def __init__(
+        self,
+        *,
+        data: Global___Tensor | None = ...,
+        bound: Global___Bound.ValueType = ...,
+        num_latents: _builtins.int = ...,
+        seed: _builtins.int | None = ...,
+        first_row: _builtins.int = ...,
+        model_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "data", b"data", "seed", b"seed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "bound", b"bound", "data", b"data", "first_row", b"first_row", "model_version", b"model_version", "num_latents", b"num_latents", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+
+Global___ScoreRequest: _TypeAlias = ScoreRequest  # noqa: Y015
+
+@_typing.final
+class ScoreResponse(_message.Message):
+    """Holds bounds on log p(x), float32, in nats."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORE_FIELD_NUMBER: _builtins.int
+    LOG_LIKELIHOOD_FIELD_NUMBER: _builtins.int
+    KL_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    seed: _builtins.int
+    """Seed that was used."""
+    model_version: _builtins.str
+    """Version of the model that answered."""
+    @_builtins.property
+    def score(self) -> Global___Tensor:
+        """Bound of each row, shape (rows)."""
+
+    @_builtins.property
+    def log_likelihood(self) -> Global___Tensor:
+        """Mean of log p(x | z) over the drawn latents, shape (rows)."""
+
+    @_builtins.property
+    def kl(self) -> Global___Tensor:
+        """KL(q(z | x) || p(z)) in closed form, shape (rows). The ELBO is `log_likelihood` minus it."""
+
+    def __init__(
+        self,
+        *,
+        score: Global___Tensor | None = ...,
+        log_likelihood: Global___Tensor | None = ...,
+        kl: Global___Tensor | None = ...,
+        seed: _builtins.int = ...,
+        model_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kl", b"kl", "log_likelihood", b"log_likelihood", "score", b"score"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kl", b"kl", "log_likelihood", b"log_likelihood", "model_version", b"model_version", "score", b"score", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoreResponse: _TypeAlias = ScoreResponse  # noqa: Y015
+
+@_typing.final
+class SampleStreamRequest(_message.Message):
+    """Asks for many new data."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_SAMPLES_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    FIRST_ROW_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    OBSERVATION_FIELD_NUMBER: _builtins.int
+    OUTPUT_TYPE_FIELD_NUMBER: _builtins.int
+    INCLUDE_LATENTS_FIELD_NUMBER: _builtins.int
+    MAX_CHUNK_ROWS_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    num_samples: _builtins.int
+    """Number of samples to draw, in [1, max_stream_rows]. Required."""
+    seed: _builtins.int
+    """Seed of the draw. The same seed and model version give the same samples. Chosen by the service if absent."""
+    first_row: _builtins.int
+    """Number of the first row in the seed's endless sequence. To resume, give the number after the last row that
+    came, and the seed of the answer. Zero by default.
+    """
+    temperature: _builtins.float
+    """Standard deviation of the latents, in [0, 10]. One by default: the prior."""
+    observation: Global___Observation.ValueType
+    """What to return of p(x | z). The mean by default."""
+    output_type: Global___DataType.ValueType
+    """Type of `samples`: FLOAT32 (default) in [0, 1], FLOAT16 in [0, 1], or UINT8 in 255ths."""
+    include_latents: _builtins.bool
+    """Whether the latents are returned too. They are not by default."""
+    max_chunk_rows: _builtins.int
+    """Most rows in one chunk. About one megabyte by default, and at most max_rows."""
+    model_version: _builtins.str
+    """Version the model must have, as in GetModelResponse. Any version serves if empty; NOT_FOUND otherwise."""
+    def __init__(
+        self,
+        *,
+        num_samples: _builtins.int = ...,
+        seed: _builtins.int | None = ...,
+        first_row: _builtins.int = ...,
+        temperature: _builtins.float | None = ...,
+        observation: Global___Observation.ValueType = ...,
+        output_type: Global___DataType.ValueType = ...,
+        include_latents: _builtins.bool = ...,
+        max_chunk_rows: _builtins.int = ...,
+        model_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "seed", b"seed", "temperature", b"temperature"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "first_row", b"first_row", "include_latents", b"include_latents", "max_chunk_rows", b"max_chunk_rows", "model_version", b"model_version", "num_samples", b"num_samples", "observation", b"observation", "output_type", b"output_type", "seed", b"seed", "temperature", b"temperature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
+    _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
+
+Global___SampleStreamRequest: _TypeAlias = SampleStreamRequest  # noqa: Y015
+
+@_typing.final
+class SampleStreamResponse(_message.Message):
+    """Holds one chunk of new data."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_ROW_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    LATENTS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    first_row: _builtins.int
+    """Number of the chunk's first row in the seed's sequence."""
+    seed: _builtins.int
+    """Seed that was used."""
+    model_version: _builtins.str
+    """Version of the model that answered."""
+    @_builtins.property
+    def samples(self) -> Global___Tensor:
+        """Samples, shape (rows, *data_shape)."""
+
+    @_builtins.property
+    def latents(self) -> Global___Tensor:
+        """Latents of the samples, shape (rows, latent_dim), float32. Absent unless asked for."""
+
+    def __init__(
+        self,
+        *,
+        first_row: _builtins.int = ...,
+        samples: Global___Tensor | None = ...,
+        latents: Global___Tensor | None = ...,
+        seed: _builtins.int = ...,
+        model_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["latents", b"latents", "samples", b"samples"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_row", b"first_row", "latents", b"latents", "model_version", b"model_version", "samples", b"samples", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampleStreamResponse: _TypeAlias = SampleStreamResponse  # noqa: Y015
+
+@_typing.final
 class GetModelRequest(_message.Message):
     """Asks for the description of the model."""
 
@@ -784,6 +1061,8 @@ class Limits(_message.Message):
     MAX_LATENTS_PER_ROW_FIELD_NUMBER: _builtins.int
     MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
     MAX_DEADLINE_S_FIELD_NUMBER: _builtins.int
+    MAX_STREAM_ROWS_FIELD_NUMBER: _builtins.int
+    MAX_STREAM_S_FIELD_NUMBER: _builtins.int
     max_rows: _builtins.int
     """Most rows in one call, counted after expansion (rows times steps, for a path)."""
     max_latents_per_row: _builtins.int
@@ -792,6 +1071,10 @@ class Limits(_message.Message):
     """Largest request message, bytes."""
     max_deadline_s: _builtins.float
     """Longest time a call may take, seconds. Longer deadlines are cut to it."""
+    max_stream_rows: _builtins.int
+    """Most rows of one SampleStream."""
+    max_stream_s: _builtins.float
+    """Longest time a stream may take, seconds. Longer ones are cut, and may be resumed."""
     def __init__(
         self,
         *,
@@ -799,10 +1082,12 @@ class Limits(_message.Message):
         max_latents_per_row: _builtins.int = ...,
         max_request_bytes: _builtins.int = ...,
         max_deadline_s: _builtins.float = ...,
+        max_stream_rows: _builtins.int = ...,
+        max_stream_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_deadline_s", b"max_deadline_s", "max_latents_per_row", b"max_latents_per_row", "max_request_bytes", b"max_request_bytes", "max_rows", b"max_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_deadline_s", b"max_deadline_s", "max_latents_per_row", b"max_latents_per_row", "max_request_bytes", b"max_request_bytes", "max_rows", b"max_rows", "max_stream_rows", b"max_stream_rows", "max_stream_s", b"max_stream_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

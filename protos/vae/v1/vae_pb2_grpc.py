@@ -60,6 +60,16 @@ class VaeServiceStub:
                 request_serializer=protos_dot_vae_dot_v1_dot_vae__pb2.InterpolateRequest.SerializeToString,
                 response_deserializer=protos_dot_vae_dot_v1_dot_vae__pb2.InterpolateResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/vae.v1.VaeService/Score',
+                request_serializer=protos_dot_vae_dot_v1_dot_vae__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=protos_dot_vae_dot_v1_dot_vae__pb2.ScoreResponse.FromString,
+                _registered_method=True)
+        self.SampleStream = channel.unary_stream(
+                '/vae.v1.VaeService/SampleStream',
+                request_serializer=protos_dot_vae_dot_v1_dot_vae__pb2.SampleStreamRequest.SerializeToString,
+                response_deserializer=protos_dot_vae_dot_v1_dot_vae__pb2.SampleStreamResponse.FromString,
+                _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/vae.v1.VaeService/GetModel',
                 request_serializer=protos_dot_vae_dot_v1_dot_vae__pb2.GetModelRequest.SerializeToString,
@@ -111,6 +121,24 @@ class VaeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """Bounds log p(x) from below, row by row: what anomaly detection and evaluation ask for.
+        Returns INVALID_ARGUMENT if `data` does not have the model's data shape.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SampleStream(self, request, context):
+        """Draws any number of samples from the prior, in chunks that are made as the caller reads them.
+        The same rows have the same bytes in any chunking and in Sample, so a stream that broke is resumed by asking
+        again from the first row that is missing. Returns INVALID_ARGUMENT if `num_samples` is zero or above the
+        limit that GetModel states.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModel(self, request, context):
         """Describes the loaded model and the limits of the service.
         Returns UNAVAILABLE while no model is loaded.
@@ -146,6 +174,16 @@ def add_VaeServiceServicer_to_server(servicer, server):
                     servicer.Interpolate,
                     request_deserializer=protos_dot_vae_dot_v1_dot_vae__pb2.InterpolateRequest.FromString,
                     response_serializer=protos_dot_vae_dot_v1_dot_vae__pb2.InterpolateResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=protos_dot_vae_dot_v1_dot_vae__pb2.ScoreRequest.FromString,
+                    response_serializer=protos_dot_vae_dot_v1_dot_vae__pb2.ScoreResponse.SerializeToString,
+            ),
+            'SampleStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.SampleStream,
+                    request_deserializer=protos_dot_vae_dot_v1_dot_vae__pb2.SampleStreamRequest.FromString,
+                    response_serializer=protos_dot_vae_dot_v1_dot_vae__pb2.SampleStreamResponse.SerializeToString,
             ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
@@ -289,6 +327,60 @@ class VaeService:
             '/vae.v1.VaeService/Interpolate',
             protos_dot_vae_dot_v1_dot_vae__pb2.InterpolateRequest.SerializeToString,
             protos_dot_vae_dot_v1_dot_vae__pb2.InterpolateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vae.v1.VaeService/Score',
+            protos_dot_vae_dot_v1_dot_vae__pb2.ScoreRequest.SerializeToString,
+            protos_dot_vae_dot_v1_dot_vae__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SampleStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/vae.v1.VaeService/SampleStream',
+            protos_dot_vae_dot_v1_dot_vae__pb2.SampleStreamRequest.SerializeToString,
+            protos_dot_vae_dot_v1_dot_vae__pb2.SampleStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

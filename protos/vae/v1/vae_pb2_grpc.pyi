@@ -64,6 +64,16 @@ class VaeServiceStub:
     """Decodes points on the path between two rows, in the space of latents.
     Returns INVALID_ARGUMENT if the two ends differ in shape or `num_steps` is below two.
     """
+    Score: _grpc.UnaryUnaryMultiCallable[_vae_pb2.ScoreRequest, _vae_pb2.ScoreResponse]
+    """Bounds log p(x) from below, row by row: what anomaly detection and evaluation ask for.
+    Returns INVALID_ARGUMENT if `data` does not have the model's data shape.
+    """
+    SampleStream: _grpc.UnaryStreamMultiCallable[_vae_pb2.SampleStreamRequest, _vae_pb2.SampleStreamResponse]
+    """Draws any number of samples from the prior, in chunks that are made as the caller reads them.
+    The same rows have the same bytes in any chunking and in Sample, so a stream that broke is resumed by asking
+    again from the first row that is missing. Returns INVALID_ARGUMENT if `num_samples` is zero or above the
+    limit that GetModel states.
+    """
     GetModel: _grpc.UnaryUnaryMultiCallable[_vae_pb2.GetModelRequest, _vae_pb2.GetModelResponse]
     """Describes the loaded model and the limits of the service.
     Returns UNAVAILABLE while no model is loaded.
@@ -93,6 +103,16 @@ class VaeServiceAsyncStub(VaeServiceStub):
     Interpolate: _aio.UnaryUnaryMultiCallable[_vae_pb2.InterpolateRequest, _vae_pb2.InterpolateResponse]  # type: ignore[assignment]
     """Decodes points on the path between two rows, in the space of latents.
     Returns INVALID_ARGUMENT if the two ends differ in shape or `num_steps` is below two.
+    """
+    Score: _aio.UnaryUnaryMultiCallable[_vae_pb2.ScoreRequest, _vae_pb2.ScoreResponse]  # type: ignore[assignment]
+    """Bounds log p(x) from below, row by row: what anomaly detection and evaluation ask for.
+    Returns INVALID_ARGUMENT if `data` does not have the model's data shape.
+    """
+    SampleStream: _aio.UnaryStreamMultiCallable[_vae_pb2.SampleStreamRequest, _vae_pb2.SampleStreamResponse]  # type: ignore[assignment]
+    """Draws any number of samples from the prior, in chunks that are made as the caller reads them.
+    The same rows have the same bytes in any chunking and in Sample, so a stream that broke is resumed by asking
+    again from the first row that is missing. Returns INVALID_ARGUMENT if `num_samples` is zero or above the
+    limit that GetModel states.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_vae_pb2.GetModelRequest, _vae_pb2.GetModelResponse]  # type: ignore[assignment]
     """Describes the loaded model and the limits of the service.
@@ -150,6 +170,28 @@ class VaeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_vae_pb2.InterpolateResponse, _abc.Awaitable[_vae_pb2.InterpolateResponse]]:
         """Decodes points on the path between two rows, in the space of latents.
         Returns INVALID_ARGUMENT if the two ends differ in shape or `num_steps` is below two.
+        """
+
+    @_abc_1.abstractmethod
+    def Score(
+        self,
+        request: _vae_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vae_pb2.ScoreResponse, _abc.Awaitable[_vae_pb2.ScoreResponse]]:
+        """Bounds log p(x) from below, row by row: what anomaly detection and evaluation ask for.
+        Returns INVALID_ARGUMENT if `data` does not have the model's data shape.
+        """
+
+    @_abc_1.abstractmethod
+    def SampleStream(
+        self,
+        request: _vae_pb2.SampleStreamRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_vae_pb2.SampleStreamResponse], _abc.AsyncIterator[_vae_pb2.SampleStreamResponse]]:
+        """Draws any number of samples from the prior, in chunks that are made as the caller reads them.
+        The same rows have the same bytes in any chunking and in Sample, so a stream that broke is resumed by asking
+        again from the first row that is missing. Returns INVALID_ARGUMENT if `num_samples` is zero or above the
+        limit that GetModel states.
         """
 
     @_abc_1.abstractmethod

@@ -59,7 +59,7 @@ def engine_of(small: Bundle, decoder: Handle, *overrides: str) -> RayEngine:
 async def test_a_lost_replica_costs_a_second_try(small: Bundle) -> None:
     """A run is pure, so it is repeated when its replica dies or cannot be reached."""
     decoder = Handle(ActorDiedError(), ActorUnavailableError("away", b"0" * 16), (small.manifest.version, (ROWS,)))
-    np.testing.assert_array_equal(await engine_of(small, decoder).decode(ROWS), ROWS)
+    np.testing.assert_array_equal(await engine_of(small, decoder).decode(ROWS, 60.0), ROWS)
     assert decoder.num_calls == 3
 
 
@@ -67,7 +67,7 @@ async def test_attempts_are_bounded_and_the_cause_is_kept_for_the_log(small: Bun
     """After the last attempt the caller hears that the graph is not available, the operator why."""
     decoder = Handle(ActorDiedError())
     with pytest.raises(EngineUnavailable, match="the decoder is not available now") as caught:
-        await engine_of(small, decoder, "decoder.max_attempts=2").decode(ROWS)
+        await engine_of(small, decoder, "decoder.max_attempts=2").decode(ROWS, 60.0)
     assert decoder.num_calls == 2
     assert "ActorDiedError" in caught.value.detail
     assert "ActorDiedError" not in str(caught.value)
@@ -77,21 +77,21 @@ async def test_an_attempt_that_hangs_is_given_up(small: Bundle) -> None:
     """A stuck replica takes no caller with it: the attempt ends, and another replica is asked."""
     decoder = Handle("hang", (small.manifest.version, (ROWS,)))
     engine = engine_of(small, decoder, "decoder.attempt_timeout_s=0.05")
-    np.testing.assert_array_equal(await engine.decode(ROWS), ROWS)
+    np.testing.assert_array_equal(await engine.decode(ROWS, 60.0), ROWS)
 
 
 async def test_a_bug_in_the_replica_is_not_repeated(small: Bundle) -> None:
     """What the rows themselves cause comes back at once: the batcher runs requests apart."""
     decoder = Handle(ValueError("these rows"))
     with pytest.raises(ValueError, match="these rows"):
-        await engine_of(small, decoder).decode(ROWS)
+        await engine_of(small, decoder).decode(ROWS, 60.0)
     assert decoder.num_calls == 1
 
 
 async def test_rows_of_another_version_are_refused(small: Bundle) -> None:
     """Encoder and decoder of different models never answer together."""
     with pytest.raises(EngineUnavailable) as caught:
-        await engine_of(small, Handle(("000000000000", (ROWS,)))).decode(ROWS)
+        await engine_of(small, Handle(("000000000000", (ROWS,)))).decode(ROWS, 60.0)
     assert "000000000000" in caught.value.detail
 
 

@@ -134,7 +134,7 @@ async def test_reflection_lists_the_services(service: GatewayServer) -> None:
 
 async def test_reflection_can_be_turned_off(bundle_dir: Path, small: Bundle) -> None:
     """Without reflection, nobody is told what there is."""
-    config = settings(bundle_dir, "gateway.reflection=false")
+    config = settings(bundle_dir, "gateway.auth.reflection=disabled")
     async with (
         serving_with(PuppetEngine(small.manifest), small.manifest, config) as server,
         wire(server.port) as channel,

@@ -14,6 +14,7 @@ from serving.bundle import Bundle
 from serving.engine.in_process import InProcessEngine
 from serving.engine.protocol import Posterior
 from serving.gateway.operations import Operations, choose_seed, interpolate_latents
+from serving.tickets import Ticket
 from tests.serving.harness import Oracle, PuppetEngine, eventually, settings
 
 FOREVER = math.inf
@@ -43,9 +44,9 @@ def pixels(seed: int) -> NDArray[np.uint8]:
 async def test_floats_and_bytes_of_the_same_pixels_give_the_same_bits(operations: Operations) -> None:
     """Intensity v / 255 as float32 means exactly what v means as uint8, for every v."""
     pixels = np.arange(256, dtype=np.uint8).reshape(16, 1, 4, 4)
-    by_bytes = await operations.encode(pixels, expires_at=FOREVER)
+    by_bytes = await operations.encode(pixels, ticket=Ticket(FOREVER))
     for unit in (pixels.astype(np.float32) / np.float32(255), (pixels / 255).astype(np.float32)):
-        by_floats = await operations.encode(unit, expires_at=FOREVER)
+        by_floats = await operations.encode(unit, ticket=Ticket(FOREVER))
         assert by_bytes.mean.tobytes() == by_floats.mean.tobytes()
         assert by_bytes.log_var.tobytes() == by_floats.log_var.tobytes()
 
@@ -55,7 +56,7 @@ async def test_the_callers_array_is_not_changed(operations: Operations, pixels: 
     unit = pixels.astype(np.float32) / 255
     before = unit.copy()
     unit.flags.writeable = False
-    await operations.reconstruct(unit, expires_at=FOREVER)
+    await operations.reconstruct(unit, ticket=Ticket(FOREVER))
     np.testing.assert_array_equal(unit, before)
 
 
@@ -65,9 +66,11 @@ async def test_a_draw_may_be_split_and_resumed(
     operations: Operations, seed: int, first_row: int, *, observe: bool
 ) -> None:
     """Row i is a function of the seed and its number: parts equal the whole, bit for bit."""
-    whole = await operations.sample(10, seed=seed, first_row=first_row, observe=observe, expires_at=FOREVER)
+    whole = await operations.sample(10, seed=seed, first_row=first_row, observe=observe, ticket=Ticket(FOREVER))
     parts = [
-        await operations.sample(size, seed=seed, first_row=first_row + start, observe=observe, expires_at=FOREVER)
+        await operations.sample(
+            size, seed=seed, first_row=first_row + start, observe=observe, ticket=Ticket(FOREVER)
+        )
         for start, size in ((0, 1), (1, 6), (7, 3))
     ]
     assert whole.observations.tobytes() == b"".join(part.observations.tobytes() for part in parts)
@@ -76,7 +79,7 @@ async def test_a_draw_may_be_split_and_resumed(
 
 async def test_samples_are_decoded_noise(operations: Operations, small: Bundle, seed: int) -> None:
     """The latents are the noise of the prior's stream, and the samples are their decodings."""
-    drawn = await operations.sample(7, seed=seed, expires_at=FOREVER)
+    drawn = await operations.sample(7, seed=seed, ticket=Ticket(FOREVER))
     latents = noise.normal(seed, 7, 2, stream=noise.Stream.PRIOR)
     assert drawn.draw.latents().tobytes() == latents.tobytes()
     assert drawn.observations.tobytes() == Oracle(small).decode(latents).tobytes()
@@ -88,14 +91,18 @@ async def test_draws_of_many_callers_share_a_run_and_mix_nothing(operations: Ope
 
     async def draw(index: int) -> bytes:
         drawn = await operations.sample(
-            1 + index % 5, seed=seed + index, first_row=index * 2**33, temperature=index / 4, expires_at=FOREVER
+            1 + index % 5,
+            seed=seed + index,
+            first_row=index * 2**33,
+            temperature=index / 4,
+            ticket=Ticket(FOREVER),
         )
         return drawn.observations.tobytes()
 
     alone = [await draw(index) for index in range(16)]
-    decoded = (await operations.decode(given, expires_at=FOREVER)).tobytes()
+    decoded = (await operations.decode(given, ticket=Ticket(FOREVER))).tobytes()
     together = await asyncio.gather(
-        *(draw(index) for index in range(16)), operations.decode(given, expires_at=FOREVER)
+        *(draw(index) for index in range(16)), operations.decode(given, ticket=Ticket(FOREVER))
     )
     assert list(together[:16]) == alone
     assert np.asarray(together[16]).tobytes() == decoded
@@ -103,11 +110,11 @@ async def test_draws_of_many_callers_share_a_run_and_mix_nothing(operations: Ope
 
 async def test_temperature_scales_the_latents(operations: Operations, seed: int) -> None:
     """Zero gives the decoding of zeros in every row, two gives twice the noise."""
-    cold = await operations.sample(3, seed=seed, temperature=0.0, expires_at=FOREVER)
-    zeros = await operations.decode(np.zeros((1, 2), np.float32), expires_at=FOREVER)
+    cold = await operations.sample(3, seed=seed, temperature=0.0, ticket=Ticket(FOREVER))
+    zeros = await operations.decode(np.zeros((1, 2), np.float32), ticket=Ticket(FOREVER))
     assert all(row.tobytes() == zeros[0].tobytes() for row in cold.observations)
     warm, hot = [
-        await operations.sample(3, seed=seed, temperature=temperature, expires_at=FOREVER)
+        await operations.sample(3, seed=seed, temperature=temperature, ticket=Ticket(FOREVER))
         for temperature in (1, 2)
     ]
     np.testing.assert_array_equal(hot.draw.latents(), 2 * warm.draw.latents())
@@ -116,7 +123,7 @@ async def test_temperature_scales_the_latents(operations: Operations, seed: int)
 async def test_observations_are_drawn_from_the_means(operations: Operations, seed: int) -> None:
     """Observations are zeros and ones whose frequency is the mean, pixel by pixel."""
     mean = np.linspace(0, 1, 16, dtype=np.float32).reshape(1, 1, 4, 4)
-    observed = operations.observe(np.repeat(mean, 4000, axis=0), seed)
+    observed = await operations.observe(np.repeat(mean, 4000, axis=0), seed)
     assert set(np.unique(observed)) == {0.0, 1.0}
     five_sigma = 5 * 0.5 / math.sqrt(4000)
     np.testing.assert_allclose(observed.mean(axis=0), mean[0], atol=five_sigma)
@@ -124,11 +131,11 @@ async def test_observations_are_drawn_from_the_means(operations: Operations, see
     assert observed[:, 0, 3, 3].all()
 
 
-def test_draws_from_a_posterior_have_its_moments(operations: Operations, seed: int) -> None:
+async def test_draws_from_a_posterior_have_its_moments(operations: Operations, seed: int) -> None:
     """Latents have the mean and the scale exp(log_var / 2) of their row, and rows differ."""
     mean = np.array([[1.0, -2.0], [0.0, 5.0]], np.float32)
     log_var = np.array([[0.0, 2.0], [-4.0, 1.0]], np.float32)
-    latents = operations.draw_latents(Posterior(mean, log_var), 20_000, seed)
+    latents = await operations.draw_latents(Posterior(mean, log_var), 20_000, seed)
     assert latents.shape == (2, 20_000, 2)
     scale = np.exp(log_var / 2)
     five_sigma = 5 / math.sqrt(20_000)
@@ -138,10 +145,11 @@ def test_draws_from_a_posterior_have_its_moments(operations: Operations, seed: i
     assert abs(np.corrcoef(standard[0].ravel(), standard[1].ravel())[0, 1]) < five_sigma
 
 
-def test_fewer_draws_are_the_first_of_more(operations: Operations, seed: int) -> None:
+async def test_fewer_draws_are_the_first_of_more(operations: Operations, seed: int) -> None:
     """Asking for more latents keeps those that were drawn."""
     posterior = Posterior(np.ones((3, 2), np.float32), np.zeros((3, 2), np.float32))
-    few, many = operations.draw_latents(posterior, 2, seed), operations.draw_latents(posterior, 7, seed)
+    few = await operations.draw_latents(posterior, 2, seed)
+    many = await operations.draw_latents(posterior, 7, seed)
     assert np.ascontiguousarray(many[:, :2]).tobytes() == few.tobytes()
 
 
@@ -152,14 +160,14 @@ async def test_a_path_ends_in_the_reconstructions(
     """The first and the last point of a path are the reconstructions of its ends, bit for bit."""
     start, end = pixels[:2], pixels[2:4]
     means, latents = await operations.interpolate(
-        start, end, 5, kind="data", path="spherical" if path == "spherical" else "linear", expires_at=FOREVER
+        start, end, 5, kind="data", path="spherical" if path == "spherical" else "linear", ticket=Ticket(FOREVER)
     )
     assert means.shape == (2, 5, 1, 4, 4)
     assert latents.shape == (2, 5, 2)
     for index, rows in ((0, start), (-1, end)):
-        expected = await operations.reconstruct(rows, expires_at=FOREVER)
+        expected = await operations.reconstruct(rows, ticket=Ticket(FOREVER))
         assert np.ascontiguousarray(means[:, index]).tobytes() == expected.tobytes()
-        posterior = await operations.encode(rows, expires_at=FOREVER)
+        posterior = await operations.encode(rows, ticket=Ticket(FOREVER))
         assert np.ascontiguousarray(latents[:, index]).tobytes() == posterior.mean.tobytes()
 
 
@@ -214,20 +222,20 @@ async def test_too_many_rows_are_refused_before_they_run(operations: Operations,
     latents = np.zeros((num_rows, 2), np.float32)
     match = rf"expected at most 64 rows in one call, got {num_rows}; split it"
     with pytest.raises(errors.TooManyRows, match=match):
-        await operations.encode(data, expires_at=FOREVER)
+        await operations.encode(data, ticket=Ticket(FOREVER))
     with pytest.raises(errors.TooManyRows, match=match):
-        await operations.decode(latents, expires_at=FOREVER)
+        await operations.decode(latents, ticket=Ticket(FOREVER))
     with pytest.raises(errors.TooManyRows, match=match):
-        await operations.sample(num_rows, seed=0, expires_at=FOREVER)
+        await operations.sample(num_rows, seed=0, ticket=Ticket(FOREVER))
     with pytest.raises(errors.TooManyRows, match=match):
         await operations.interpolate(
-            latents[:1], latents[:1], num_rows, kind="latents", path="linear", expires_at=FOREVER
+            latents[:1], latents[:1], num_rows, kind="latents", path="linear", ticket=Ticket(FOREVER)
         )
 
 
 async def test_the_limit_itself_is_served(operations: Operations) -> None:
     """As many rows as the limit says are answered."""
-    assert len((await operations.sample(64, seed=0, expires_at=FOREVER)).observations) == 64
+    assert len((await operations.sample(64, seed=0, ticket=Ticket(FOREVER))).observations) == 64
 
 
 @pytest.mark.parametrize(
@@ -260,16 +268,16 @@ async def test_a_number_that_is_not_finite_is_found_in_its_row(
     data, latents = np.zeros((5, 1, 4, 4), np.float32), np.zeros((5, 2), np.float32)
     data[row:, 0, 1, 2], latents[row:, 1] = bad, bad
     with pytest.raises(errors.NotFinite, match=rf"^data\.data: .*in row {row}$"):
-        await operations.encode(data, expires_at=FOREVER)
+        await operations.encode(data, ticket=Ticket(FOREVER))
     with pytest.raises(errors.NotFinite, match=rf"^latents\.data: .*in row {row}$"):
-        await operations.decode(latents, expires_at=FOREVER)
+        await operations.decode(latents, ticket=Ticket(FOREVER))
 
 
 async def test_a_signalling_nan_is_found(operations: Operations) -> None:
     """A NaN that traps on some processors is refused like any other, without a warning."""
     latents = np.frombuffer(bytes.fromhex("0100807f00000000"), np.float32).reshape(1, 2)
     with pytest.raises(errors.NotFinite, match="row 0"):
-        await operations.decode(latents, expires_at=FOREVER)
+        await operations.decode(latents, ticket=Ticket(FOREVER))
 
 
 @pytest.mark.parametrize("bad", [-1e-6, 1.0001, 255.0, -1.0, 1e38])
@@ -278,21 +286,21 @@ async def test_an_intensity_outside_the_unit_interval_is_refused(operations: Ope
     data = np.full((2, 1, 4, 4), 0.5, np.float32)
     data[1, 0, 0, 0] = bad
     with pytest.raises(errors.OutOfRange, match=r"^data\.data: expected values in \[0, 1\], got values from "):
-        await operations.encode(data, expires_at=FOREVER)
+        await operations.encode(data, ticket=Ticket(FOREVER))
 
 
 @pytest.mark.parametrize("temperature", [-0.1, 10.1, math.nan, math.inf, -math.inf])
 async def test_a_temperature_outside_its_range_is_refused(operations: Operations, temperature: float) -> None:
     """Temperatures are in [0, 10]; NaN is not."""
     with pytest.raises(errors.OutOfRange, match=r"^temperature: expected a number in \[0, 10\], got "):
-        await operations.sample(1, seed=0, temperature=temperature, expires_at=FOREVER)
+        await operations.sample(1, seed=0, temperature=temperature, ticket=Ticket(FOREVER))
 
 
 async def test_a_first_row_beyond_its_range_is_refused(operations: Operations) -> None:
     """The last first row is 2^63."""
-    await operations.sample(1, seed=0, first_row=2**63, expires_at=FOREVER)
+    await operations.sample(1, seed=0, first_row=2**63, ticket=Ticket(FOREVER))
     with pytest.raises(errors.OutOfRange, match=r"^first_row: expected a number in \[0, 2\^63\], got "):
-        await operations.sample(1, seed=0, first_row=2**63 + 1, expires_at=FOREVER)
+        await operations.sample(1, seed=0, first_row=2**63 + 1, ticket=Ticket(FOREVER))
 
 
 async def test_an_end_that_is_refused_runs_nothing(bundle_dir: Path, small: Bundle) -> None:
@@ -302,7 +310,7 @@ async def test_an_end_that_is_refused_runs_nothing(bundle_dir: Path, small: Bund
     operations = Operations(engine, small.manifest, settings(bundle_dir))
     good, bad = np.zeros((3, 1, 4, 4), np.float32), np.full((3, 1, 4, 4), np.nan, np.float32)
     with pytest.raises(errors.NotFinite, match=r"data\.end"):
-        await operations.interpolate(good, bad, 3, kind="data", path="linear", expires_at=FOREVER)
+        await operations.interpolate(good, bad, 3, kind="data", path="linear", ticket=Ticket(FOREVER))
     try:
         await eventually(lambda: operations.encoder.num_rows == 0, timeout_s=0.5)
         assert engine.num_running == 0
