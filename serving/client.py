@@ -345,7 +345,7 @@ class VaeClient:
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         self._bearer = _bearer(api_key, token, may_leave=credentials is not None or _is_loopback(target))
-        arguments = _arguments(options, is_private=self._bearer is not None)
+        arguments = _arguments(options, is_direct=self._bearer is not None and credentials is None)
         self._channel = (
             grpc.secure_channel(target, credentials, arguments)
             if credentials
@@ -479,7 +479,7 @@ class AsyncVaeClient:
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         self._bearer = _bearer(api_key, token, may_leave=credentials is not None or _is_loopback(target))
-        arguments = _arguments(options, is_private=self._bearer is not None)
+        arguments = _arguments(options, is_direct=self._bearer is not None and credentials is None)
         self._channel = (
             grpc.aio.secure_channel(target, credentials, arguments)
             if credentials
@@ -844,10 +844,10 @@ def _read_interpolated(response: pb.InterpolateResponse) -> Interpolated:
     )
 
 
-def _arguments(extra: Sequence[tuple[str, Any]], *, is_private: bool) -> list[tuple[str, Any]]:
-    """Return the channel's arguments. What is private goes through no proxy that the environment names."""
+def _arguments(extra: Sequence[tuple[str, Any]], *, is_direct: bool) -> list[tuple[str, Any]]:
+    """Return the channel's arguments; `is_direct` forbids a proxy that the environment names."""
     return [
-        *([("grpc.enable_http_proxy", 0)] if is_private else ()),
+        *([("grpc.enable_http_proxy", 0)] if is_direct else ()),  # to a proxy, a key in plaintext would leave
         ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
         ("grpc.max_receive_message_length", _UNLIMITED),  # the server bounds its answers
         ("grpc.max_send_message_length", _UNLIMITED),  # the server says what is too large
@@ -965,7 +965,7 @@ def _error(error: grpc.RpcError) -> VaeError:
     """Return the typed error of a failed call of either client."""
     metadata: Any = error.trailing_metadata() or ()  # pairs, though the stubs disagree between the two clients
     trailers = {key: value for key, value in metadata if isinstance(value, str)}
-    pushback_ms = trailers.get("grpc-retry-pushback-ms")
+    pushback_ms = trailers.get("grpc-retry-pushback-ms", "")
     message = error.details() or "no answer"
     # The one RESOURCE_EXHAUSTED that no waiting cures comes from gRPC itself.
     is_too_large = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message
@@ -975,5 +975,5 @@ def _error(error: grpc.RpcError) -> VaeError:
         message,
         reason=trailers.get("vae-error-reason", ""),
         field=trailers.get("vae-error-field", ""),
-        retry_after_s=int(pushback_ms) / 1000 if pushback_ms else None,
+        retry_after_s=int(pushback_ms) / 1000 if pushback_ms.isdecimal() else None,
     )

@@ -1,5 +1,6 @@
 """Every metric of the service. Labels come from closed sets only: method, code, graph."""
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Final, NamedTuple
@@ -25,6 +26,24 @@ BATCH_RUN: Final = Histogram(
 )
 QUEUE_ROWS: Final = Gauge("vae_queue_rows", "Rows that wait or run.", ["graph"])
 MODEL: Final = Info("vae_model", "The loaded model.")
+
+
+@functools.cache
+def calls(method: str, code: str) -> Counter:
+    """Return the counter of the calls of a method that end with a code; found once, for it is asked often."""
+    return CALLS.labels(method, code)
+
+
+@functools.cache
+def call_latency(method: str) -> Histogram:
+    """Return the latency of a method, found once."""
+    return CALL_LATENCY.labels(method)
+
+
+@functools.cache
+def batch(graph: str) -> tuple[Histogram, Histogram, Histogram]:
+    """Return rows, wait and run of a graph's runs, found once."""
+    return BATCH_ROWS.labels(graph), BATCH_WAIT.labels(graph), BATCH_RUN.labels(graph)
 
 
 class Endpoint(NamedTuple):

@@ -63,7 +63,7 @@ class Signer(NamedTuple):
 
 def claims_for(**claims: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
     """Return valid claims with others over them; None leaves one out."""
-    default = {"iss": ISSUER, "aud": AUDIENCE, "sub": "alice", "exp": int(time.time()) + 300}
+    default = {"iss": ISSUER, "aud": AUDIENCE, "sub": "alice", "exp": int(time.time()) + 86_400}
     return {name: value for name, value in (default | claims).items() if value is not None}
 
 

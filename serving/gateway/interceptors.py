@@ -51,8 +51,9 @@ class Observe:
             raise
         finally:
             self._traffic.num_in_flight -= 1
-            metrics.CALLS.labels(call.method, call.code.name).inc()
-            metrics.CALL_LATENCY.labels(call.method).observe(time.monotonic() - call.arrived_at)
+            method = call.method
+            metrics.calls(method, call.code.name).inc()
+            metrics.call_latency(method).observe(time.monotonic() - call.arrived_at)
 
 
 class MapErrors:

@@ -240,9 +240,10 @@ def _ms(seconds: float) -> int:
 
 
 def _observe_batch(graph: str, report: BatchReport) -> None:
-    metrics.BATCH_ROWS.labels(graph).observe(report.num_rows)
-    metrics.BATCH_WAIT.labels(graph).observe(report.wait_s)
-    metrics.BATCH_RUN.labels(graph).observe(report.run_s)
+    rows, wait, run = metrics.batch(graph)
+    rows.observe(report.num_rows)
+    wait.observe(report.wait_s)
+    run.observe(report.run_s)
 
 
 def _observe_gateway(traffic: Traffic, operations: Operations, manifest: Manifest) -> None:

@@ -30,6 +30,7 @@ SEED: Final = 2**64 - 1
 NUM_SAMPLES: Final = 8
 PIXELS: Final = np.zeros((NUM_SAMPLES, 1, 4, 4), np.uint8)
 INSTALL_TIMEOUT_S: Final = 120
+RUN_TIMEOUT_S: Final = 30
 
 
 class Stranger:
@@ -192,7 +193,11 @@ async def test_node_gets_the_same_bytes(
         "node", script, target, *rest, str(SEED), str(NUM_SAMPLES),
         cwd=node, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    stdout, stderr = await process.communicate()
+    try:
+        stdout, stderr = await asyncio.wait_for(process.communicate(), RUN_TIMEOUT_S)
+    finally:
+        if process.returncode is None:
+            process.kill()
     assert process.returncode == 0, stderr.decode()
     answer = json.loads(stdout)
     drawn = await client.sample(NUM_SAMPLES, seed=SEED)

@@ -133,15 +133,15 @@ def bad_value_cases() -> Iterator[Case]:
     out_of_range, too_many, bad_type = "OUT_OF_RANGE", "TOO_MANY_ROWS", "UNSUPPORTED_TYPE"
     yield typed("too many latents", pb.EncodeRequest(data=data, num_latents=17), out_of_range, "num_latents")
     yield typed("too many draws", pb.EncodeRequest(data=ten, num_latents=16), too_many, "num_latents")
-    yield typed("uint8 out", pb.EncodeRequest(data=data, output_type=3), bad_type, "output_type")
+    yield typed("uint8 out", pb.EncodeRequest(data=data, output_type=pb.DATA_TYPE_UINT8), bad_type, "output_type")
     yield typed("first row", pb.EncodeRequest(data=data, first_row=2**64 - 1), out_of_range, "first_row")
     unknown = {"observation": out_of_range, "output_type": bad_type}
     for field, reason in unknown.items():
-        value = {field: UNKNOWN_VALUE}
-        yield typed(f"unknown {field}", pb.DecodeRequest(latents=latents, **value), reason, field)
-        yield typed(f"unknown {field}", pb.ReconstructRequest(data=data, **value), reason, field)
-        yield typed(f"unknown {field}", pb.SampleRequest(num_samples=1, **value), reason, field)
-        yield typed(f"unknown {field}", pb.SampleStreamRequest(num_samples=1, **value), reason, field)
+        unknown_value = {field: UNKNOWN_VALUE}
+        yield typed(f"unknown {field}", pb.DecodeRequest(latents=latents, **unknown_value), reason, field)
+        yield typed(f"unknown {field}", pb.ReconstructRequest(data=data, **unknown_value), reason, field)
+        yield typed(f"unknown {field}", pb.SampleRequest(num_samples=1, **unknown_value), reason, field)
+        yield typed(f"unknown {field}", pb.SampleStreamRequest(num_samples=1, **unknown_value), reason, field)
     for kind in (pb.SampleRequest, pb.SampleStreamRequest):
         make: Any = kind
         yield typed("none", make(), out_of_range, "num_samples")

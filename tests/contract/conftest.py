@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -57,7 +58,7 @@ class Canary(threading.Thread):
                 for method, request in requests.items():
                     began = time.monotonic()
                     try:
-                        call = channel.unary_unary(f"/vae.v1.VaeService/{method}")
+                        call: Any = channel.unary_unary(f"/vae.v1.VaeService/{method}")
                         answer = call(request, metadata=key(ALICE), timeout=CANARY_TIMEOUT_S)
                     except grpc.RpcError as error:
                         during = os.environ.get("PYTEST_CURRENT_TEST", "")

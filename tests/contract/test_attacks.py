@@ -162,7 +162,7 @@ def test_a_parse_bomb_stays_small(guarded: Service) -> None:
     ids=["long", "many", "request id"],
 )
 def test_a_flood_of_metadata_is_refused(port: int, headers: Headers) -> None:
-    """More than twice the metadata limit never reaches a method, though gRPC's own limit needs our consent to it."""
+    """More than twice the metadata limit never reaches a method, though gRPC's own limit needs consent."""
     with RawClient(port) as client:
         stream = client.open(ENCODE, WITH_KEY + headers)
         client.send(stream, message(one_image()))

@@ -18,6 +18,8 @@ from tests.contract.conftest import ALICE, BOB, MAX_REQUEST_BYTES, key
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 TIMEOUT_S = 10.0
 MAX_TRAILERS_BYTES = 8 * 1024
+Metadata = tuple[tuple[str, str], ...]
+AS_ALICE = key(ALICE)
 
 INSIDE = re.compile(
     r"Traceback|File \"|\.py\b|site-packages|/(home|root|tmp|usr|work)/|0x[0-9a-f]{6,}|object at|<class|"
@@ -40,21 +42,26 @@ OK = {
 
 
 def failure(
-    channel: grpc.Channel,
-    method: str,
-    request: Message | bytes,
-    metadata: Any = key(ALICE),  # noqa: ANN401, B008 - pairs
+    channel: grpc.Channel, method: str, request: Message | bytes, metadata: Metadata = AS_ALICE
 ) -> grpc.RpcError:
     """Return the error of a call that must fail."""
     body = request if isinstance(request, bytes) else request.SerializeToString()
     try:
         if method in STREAMS:
-            list(channel.stream_stream(f"/{method}")(iter([body]), metadata=metadata, timeout=TIMEOUT_S))
+            stream: Any = channel.stream_stream(f"/{method}")
+            list(stream(iter([body]), metadata=metadata, timeout=TIMEOUT_S))
         else:
-            channel.unary_unary(f"/{method}")(body, metadata=metadata, timeout=TIMEOUT_S)
+            unary: Any = channel.unary_unary(f"/{method}")
+            unary(body, metadata=metadata, timeout=TIMEOUT_S)
     except grpc.RpcError as error:
         return error
     raise AssertionError(f"{method} answered what it must refuse")
+
+
+def trailers_of(error: grpc.RpcError) -> dict[str, str | bytes]:
+    """Return the trailing metadata of a failed call."""
+    pairs: Any = error.trailing_metadata() or ()
+    return dict(pairs)
 
 
 def details_of(error: grpc.RpcError) -> dict[str, Any]:
@@ -74,12 +81,12 @@ def details_of(error: grpc.RpcError) -> dict[str, Any]:
 
 def check_nothing_leaks(error: grpc.RpcError) -> None:
     """Assert that what a stranger reads is fit to be read, and small."""
-    trailers = list(error.trailing_metadata() or ())
-    texts = [error.details() or "", *(value for _, value in trailers if isinstance(value, str))]
+    trailers = trailers_of(error)
+    texts = [error.details() or "", *(value for value in trailers.values() if isinstance(value, str))]
     for text in texts:
         assert not INSIDE.search(text), text
         assert len(text) <= 512
-    size = sum(len(key_) + len(value) for key_, value in trailers) + len(error.details() or "")
+    size = sum(len(key_) + len(value) for key_, value in trailers.items()) + len(error.details() or "")
     assert size < MAX_TRAILERS_BYTES
 
 
@@ -92,7 +99,7 @@ def test_bad_input_ends_as_the_contract_says(channel: grpc.Channel, case: Case) 
     reason = details["ErrorInfo"].reason
     assert details["ErrorInfo"].domain == "vae.v1"
     assert f"ERROR_REASON_{reason}" in pb.ErrorReason.keys()  # noqa: SIM118 - an enum wrapper
-    trailers = dict(error.trailing_metadata() or ())
+    trailers = trailers_of(error)
     assert trailers["vae-error-reason"] == reason
     if case.reason:
         assert reason == case.reason, error.details()
@@ -152,7 +159,8 @@ def test_a_client_calls_what_it_was_granted(channel: grpc.Channel, method: str) 
     """Bob may call Encode and nothing else."""
     if method == f"{VAE}/Encode":
         request = pb.EncodeRequest(data=floats(1, *DATA_SHAPE)).SerializeToString()
-        channel.unary_unary(f"/{method}")(request, metadata=key(BOB), timeout=TIMEOUT_S)
+        call: Any = channel.unary_unary(f"/{method}")
+        call(request, metadata=key(BOB), timeout=TIMEOUT_S)
         return
     error = failure(channel, method, b"", key(BOB))
     assert error.code() is grpc.StatusCode.PERMISSION_DENIED

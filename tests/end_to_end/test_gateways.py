@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import grpc
 import psutil
@@ -108,9 +108,8 @@ def test_gateways_share_a_port_and_their_callers(shared: Service) -> None:
     assert len(gateways(shared)) == NUM_GATEWAYS
     request = pb.SampleRequest(num_samples=2, seed=5).SerializeToString()
     channels = [grpc.insecure_channel(shared.target, OWN_CONNECTION) for _ in range(32)]
-    answers = {
-        channel.unary_unary("/vae.v1.VaeService/Sample")(request, timeout=TIMEOUT_S) for channel in channels
-    }
+    calls: list[Any] = [channel.unary_unary("/vae.v1.VaeService/Sample") for channel in channels]
+    answers = {call(request, timeout=TIMEOUT_S) for call in calls}
     assert len(answers) == 1
     # 32 connections all on one of two gateways: a chance of 2 in 2^32.
     assert min(connections(process, shared.port) for process in gateways(shared)) > 0

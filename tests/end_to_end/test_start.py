@@ -1,5 +1,6 @@
 """How the service starts, and how it does not: on a cluster, without room, with bad input."""
 
+import hashlib
 import os
 import socket
 import subprocess
@@ -10,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serving.client import VaeClient
+from serving.client import DeadlineExceeded, Unauthenticated, Unavailable, VaeClient
 from tests.bundles import small_bundle
+from tests.certificates import Authority, ServerFiles
 from tests.end_to_end.conftest import command
 from tests.end_to_end.service import launched, wait_until
 
@@ -19,6 +21,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 GATEWAY_AND_ENCODER_CPUS = 2
 DECODER_CPUS = 3
+API_KEY = "vae_end-to-end-0123456789abcdefghijklmnopqr"
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +50,15 @@ def cluster() -> Iterator["subprocess.Popen[str]"]:
 
 
 def test_health_serves_only_when_both_models_are_loaded(bundle: Path, cluster: "subprocess.Popen[str]") -> None:
-    """With no room for the decoder, the gateway listens and says NOT_SERVING; with room it serves."""
+    """With no room for the decoder, the gateway listens and says NOT_SERVING; with room it serves.
+
+    It asks for the API key that the starter's environment names: the cluster's own environment does not have it.
+    """
     assert cluster.stdout is not None
     assert cluster.stdin is not None
     address = cluster.stdout.readline().strip()
     environment = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "e2e-" + "0" * 60}
+    environment["VAE_API_KEYS"] = f"operator:{hashlib.sha256(API_KEY.encode()).hexdigest()}"
     room = f"decoder.num_cpus={DECODER_CPUS}"
     with launched(bundle, "--set", room, environment=environment) as service:
 
@@ -67,8 +74,31 @@ def test_health_serves_only_when_both_models_are_loaded(bundle: Path, cluster: "
         cluster.stdin.flush()
         wait_until(service.is_serving, "both models are loaded")
         assert service.is_serving("")
-        with VaeClient(service.target) as client:
+        with VaeClient(service.target, api_key=API_KEY) as client:
             assert client.sample(3, seed=1).samples.shape == (3, 1, 4, 4)
+        with VaeClient(service.target) as stranger, pytest.raises(Unauthenticated):
+            stranger.sample(3, seed=1)
+        assert service.stop() == 0
+
+
+def test_mutual_tls_is_spoken_by_a_gateway_on_ray(bundle: Path, tmp_path: Path) -> None:
+    """Certificates reach the replica: who has one is served, who has none, or speaks plaintext, is not."""
+    authority, clients = Authority(), Authority("clients")
+    files = ServerFiles.write(tmp_path, authority.issue("localhost"), clients)
+    settings = {"certificate": files.certificate, "private_key": files.private_key, "client_ca": files.client_ca}
+    arguments = [part for name, path in settings.items() for part in ("--set", f"gateway.tls.{name}={path}")]
+    name = [("grpc.ssl_target_name_override", "localhost")]
+    with launched(bundle, *arguments) as service:
+        known = authority.trust(clients.issue("reader"))
+        with VaeClient(service.target, credentials=known, options=name, timeout_s=90) as client:
+            assert client.sample(3, seed=1).samples.shape == (3, 1, 4, 4)
+        with (
+            VaeClient(service.target, credentials=authority.trust(), options=name, timeout_s=1) as nameless,
+            pytest.raises((Unavailable, DeadlineExceeded)),
+        ):
+            nameless.sample(1)
+        with VaeClient(service.target, timeout_s=1) as plain, pytest.raises((Unavailable, DeadlineExceeded)):
+            plain.sample(1)
         assert service.stop() == 0
 
 
@@ -98,6 +128,18 @@ def test_a_taken_port_is_refused_before_anything_starts(bundle: Path) -> None:
         holder.listen()
         port = holder.getsockname()[1]
         assert f"127.0.0.1:{port}" in refused(bundle, "--port", str(port))
+
+
+def test_plaintext_to_others_is_refused_before_anything_starts(bundle: Path) -> None:
+    """The line names both ways out."""
+    line = refused(bundle, "--host", "0.0.0.0")  # noqa: S104 - it must be refused
+    assert "gateway.tls.certificate" in line
+    assert "gateway.allow_plaintext" in line
+
+
+def test_a_missing_key_file_is_refused_before_anything_starts(bundle: Path, tmp_path: Path) -> None:
+    """The line names the file."""
+    assert "none.yaml" in refused(bundle, "--set", f"gateway.auth.api_keys_file={tmp_path / 'none.yaml'}")
 
 
 def test_a_gpu_that_is_not_there_is_refused_and_nothing_is_left(bundle: Path) -> None:

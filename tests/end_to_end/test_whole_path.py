@@ -3,18 +3,23 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Literal
 
+import grpc
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
+from protos.inference import inference_pb2 as oip
 from serving import noise
 from serving.client import DeadlineExceeded, Unavailable, VaeClient
 from tests.end_to_end.conftest import command
 from tests.end_to_end.service import Service, running, wait_until
+from training import gaussians
 from training.checkpoint import RunFolder, averaged_model, load
 from training.models.vae import VAE
+from training.objectives import elbo, importance_weighted_bound
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -118,6 +123,71 @@ def test_the_same_seed_gives_the_same_bytes_from_any_engine_and_after_a_restart(
     with running(trained_bundle, "--engine", "in-process") as other, VaeClient(other.target) as second:
         assert fingerprint(second, images) == before
         assert other.stop() == 0
+
+
+def test_the_same_rows_have_the_same_bytes_in_every_method_and_protocol(
+    client: VaeClient, service: Service
+) -> None:
+    """Sample, SampleStream in any chunking and resumed, and ModelInfer in any order give one sequence of rows."""
+    rows, first = 200, 11
+    whole = client.sample(rows, seed=SEED, first_row=first).samples
+    for chunk in (1, 7, 64, 200):
+        chunks = client.sample_stream(rows, seed=SEED, first_row=first, max_chunk_rows=chunk)
+        parts = [part.samples for part in chunks]
+        assert [len(part) for part in parts[:-1]] == [chunk] * (len(parts) - 1)
+        assert np.concatenate(parts).tobytes() == whole.tobytes()
+    begun = next(client.sample_stream(rows, seed=SEED, first_row=first, max_chunk_rows=30))
+    missing = rows - len(begun.samples)
+    rest = client.sample_stream(missing, seed=SEED, first_row=begun.first_row + len(begun.samples))
+    resumed = [begun.samples, *(part.samples for part in rest)]
+    assert np.concatenate(resumed).tobytes() == whole.tobytes()
+    numbers = np.random.default_rng(SEED).permutation(np.arange(first, first + rows, dtype=np.uint64))
+    request = oip.ModelInferRequest(
+        model_name="prior",
+        inputs=[oip.ModelInferRequest.InferInputTensor(name="row", datatype="UINT64", shape=[rows, 1])],
+        raw_input_contents=[numbers.tobytes()],
+        parameters={"seed": oip.InferParameter(int64_param=SEED)},
+    )
+    with grpc.insecure_channel(service.target) as channel:
+        infer: Any = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer", response_deserializer=oip.ModelInferResponse.FromString
+        )
+        answer = infer(request.SerializeToString(), timeout=30)
+    shuffled = np.frombuffer(answer.raw_output_contents[0], np.float32).reshape(whole.shape)
+    assert shuffled.tobytes() == whole[(numbers - first).astype(np.int64)].tobytes()
+
+
+@pytest.mark.parametrize("bound", ["elbo", "importance-weighted"])
+def test_scores_equal_those_of_torch(
+    client: VaeClient, model: VAE, images: NDArray[np.uint8], bound: Literal["elbo", "importance-weighted"]
+) -> None:
+    """The bounds that the service computes are those of the training package, with the same noise."""
+    num_latents, dim = 5, client.get_model().latent_dim
+    standard = noise.normal(SEED, len(images), num_latents * dim, stream=noise.Stream.POSTERIOR)
+    draws = torch.from_numpy(standard.reshape(len(images), num_latents, dim))
+    data = torch.from_numpy(images / np.float32(255))
+    with torch.no_grad():
+        bounds = [elbo(model, data, draws[:, k]) for k in range(num_latents)]
+        mean, log_var = model.posterior(data)
+        latents = [gaussians.rsample(mean, log_var, draws[:, k]) for k in range(num_latents)]
+        weights = [
+            one.log_likelihood
+            + gaussians.standard_normal_log_prob(z).double()
+            - gaussians.log_prob(z, mean, log_var).double()
+            for one, z in zip(bounds, latents, strict=True)
+        ]
+        log_likelihood = torch.stack([one.log_likelihood for one in bounds]).mean(0)
+        expected = (
+            log_likelihood - bounds[0].kl
+            if bound == "elbo"
+            else importance_weighted_bound(torch.stack(weights, dim=-1))
+        )
+    scored = client.score(images, bound=bound, num_latents=num_latents, seed=SEED)
+    # Sums over 64 pixels of terms that agree within PARITY each.
+    tolerance = images[0].size * PARITY
+    np.testing.assert_allclose(scored.score, expected, rtol=PARITY, atol=tolerance)
+    np.testing.assert_allclose(scored.log_likelihood, log_likelihood, rtol=PARITY, atol=tolerance)
+    np.testing.assert_allclose(scored.kl, bounds[0].kl, rtol=PARITY, atol=tolerance)
 
 
 def test_an_answer_names_the_version_that_the_bundle_has(client: VaeClient, trained_bundle: Path) -> None:

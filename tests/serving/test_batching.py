@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from serving.batching import BatchReport, RowBatcher
+from serving.batching import BatchReport, RowBatcher, Run
 from serving.config import MIB, BatchingConfig
 from serving.errors import DeadlineExceeded, DeadlineTooShort, EngineUnavailable, QueueFull
 from serving.queueing import Outputs
@@ -126,7 +126,9 @@ def submit(
 
 def submit_with(batcher: RowBatcher, rows: Rows, ticket: Ticket) -> asyncio.Task[Outputs]:
     """Submit in a task of its own, with a ticket to look at."""
-    return asyncio.get_running_loop().create_task(batcher.submit(rows, ticket))
+    task = asyncio.get_running_loop().create_task(batcher.submit(rows, ticket))
+    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # not every test asks for the end
+    return task
 
 
 async def test_an_idle_engine_gets_the_first_row_at_once(make: Make, puppet: Puppet) -> None:
@@ -442,7 +444,7 @@ async def _refuse_poison(rows: Rows, _timeout_s: float) -> Outputs:
     return (rows * 2,)
 
 
-def _on(run: Callable[[Rows], Awaitable[Outputs]], *, num_slots: int = 1, **values: float) -> RowBatcher:
+def _on(run: Run, *, num_slots: int = 1, **values: float) -> RowBatcher:
     return RowBatcher(run, _bounds(values), name="encoder", num_slots=num_slots)
 
 
@@ -895,7 +897,9 @@ async def test_work_ahead_that_takes_too_long_is_a_full_queue(make: Make, puppet
     """A caller whose turn would come too late is told to return; one with more time waits."""
     batcher = make(max_queue_rows=1000)
     await measured(batcher, puppet, clock, [8] * 3, 0.1)
-    ahead = [submit(batcher, tagged(i, 8), clock.now + 1.05) for i in range(11)]
+    ahead = [submit(batcher, tagged(0, 8), clock.now + 1.05)]
+    await turns()
+    ahead += [submit(batcher, tagged(1 + i, 8), clock.now + 1.05) for i in range(10)]
     await turns()
     assert puppet.sizes()[3:] == [8]  # one runs, ten wait: a second
     with pytest.raises(
@@ -935,11 +939,12 @@ async def test_less_urgent_work_is_not_ahead(make: Make, puppet: Puppet, clock: 
     """Generation and background work do not keep out what callers have sent."""
     batcher = make(max_queue_rows=1000)
     await measured(batcher, puppet, clock, [8] * 3, 0.1)
-    submit(batcher, tagged(1, 400), clock.now + 0.9, priority=3)
-    await turns()
+    for tag in range(11):
+        submit(batcher, tagged(tag, 8), clock.now + 1.05, priority=3)
+        await turns()  # one runs, ten wait
     with pytest.raises(QueueFull, match="of work is ahead"):
-        await done(submit(batcher, tagged(2, 8), clock.now + 1, priority=3))
-    urgent = submit(batcher, tagged(3, 8), clock.now + 1, priority=1)
+        await done(submit(batcher, tagged(20, 8), clock.now + 1.05, priority=3))
+    urgent = submit(batcher, tagged(21, 8), clock.now + 1.05, priority=1)
     await turns(3)
     assert not urgent.done()
 

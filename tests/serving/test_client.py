@@ -40,6 +40,7 @@ from serving.errors import EngineUnavailable
 from serving.gateway.server import GatewayServer
 from serving.standalone import in_process
 from serving.tensors import to_message
+from tests.bundles import small_bundle
 from tests.certificates import Authority, ServerFiles
 from tests.serving.harness import PuppetEngine, eventually, serving_with, settings
 
@@ -437,6 +438,22 @@ async def test_a_stream_survives_the_restart_of_the_service(bundle_dir: Path) ->
     np.testing.assert_array_equal(chunks[-1].samples, whole.samples)
 
 
+async def test_rows_of_two_models_are_never_mixed(bundle_dir: Path, tmp_path: Path) -> None:
+    """Another model takes the place of the one that a stream began with: the stream ends with an error."""
+    other = small_bundle(tmp_path / "other", seed=1)
+    port = free_port()
+    overrides = (f"gateway.port={port}", "gateway.drain_timeout_s=0.05")
+    async with AsyncVaeClient(f"127.0.0.1:{port}") as client:
+        async with in_process(settings(bundle_dir, *overrides)):
+            stream = client.sample_stream(200_000, seed=1, max_chunk_rows=1000)
+            chunks = [await anext(stream)]
+        async with in_process(settings(other, *overrides)) as second:
+            with pytest.raises(ModelNotFound, match="model_version: ") as caught:
+                chunks += [chunk async for chunk in stream]
+            assert second.operations.manifest.version != chunks[0].model_version
+    assert caught.value.reason == "UNKNOWN_MODEL_VERSION"
+
+
 async def test_whoever_closes_a_stream_ends_the_work(service: GatewayServer, client: AsyncVaeClient) -> None:
     """A stream that is left early is cancelled at the service, in both clients."""
     stream = client.sample_stream(5_000_000, max_chunk_rows=1)
@@ -625,6 +642,18 @@ async def test_a_bar_changes_nothing(client: AsyncVaeClient, capsys: pytest.Capt
     assert capsys.readouterr() == ("", "")
 
 
+async def test_a_bar_is_shown_on_a_terminal(
+    client: AsyncVaeClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bar stands on standard error, so that the product of a program can be piped on."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    rows = [chunk.first_row async for chunk in client.sample_stream(10, max_chunk_rows=4, progress=True)]
+    out, err = capsys.readouterr()
+    assert (rows, out) == ([0, 4, 8], "")
+    assert "sampling" in err
+    assert "10/10" in err
+
+
 KEY = "vae_a-key-that-nobody-may-see"
 
 
@@ -717,6 +746,17 @@ async def test_a_key_may_be_sent_in_plaintext_on_this_machine(target: str) -> No
     """Loopback in its spellings, and sockets of the file system."""
     async with AsyncVaeClient(target, api_key=KEY):
         pass
+
+
+async def test_a_key_in_plaintext_goes_through_no_proxy(
+    service: GatewayServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy of the environment is on another machine, maybe: a key for loopback does not go there."""
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy", "grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    async with AsyncVaeClient(f"localhost:{service.port}", api_key=KEY) as client:
+        assert (await client.get_model()).name == "small"
 
 
 @pytest.mark.parametrize("bad", [f"{KEY}\n", f"{KEY} x", f"{KEY}\u00fc", ""])

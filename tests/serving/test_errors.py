@@ -18,12 +18,26 @@ EXAMPLES: list[ServingError] = [
     errors.NotFinite("data.data", row=3),
     errors.OutOfRange("num_steps", expected="at least 2", actual="1"),
     errors.TooManyRows("num_samples", limit=4, actual=5),
+    errors.UnknownTensor("inputs[0].name", text="expected 'data', got 'picture'"),
+    errors.MixedContents("inputs[0].contents", text="expected raw or typed contents, got both"),
+    errors.UnknownModel(model="encoder", version="2"),
     errors.UnknownModelVersion(asked="abc", loaded="def"),
+    errors.Unauthenticated(expected="an API key", detail="no such key"),
+    errors.MetadataTooLarge(limit=16_384, actual=20_000),
+    errors.PermissionDenied(client="key:a", method="vae.v1.VaeService/Encode"),
+    errors.MethodDisabled(method="RepositoryModelLoad", setting="gateway.repository_control"),
     errors.QueueFull(retry_after_s=0.25),
+    errors.RateLimited(retry_after_s=1.5, limit="10 rows per second"),
+    errors.ModelUnloaded(model="encoder"),
+    errors.Draining(),
     errors.EngineUnavailable(graph="encoder", detail="lost"),
     errors.DeadlineExceeded(),
+    errors.DeadlineTooShort(given_s=0.001, needed_s=0.25),
+    errors.RequestStalled(timeout_s=10.0),
+    errors.ResponseStalled(timeout_s=30.0),
     errors.BundleError(location="b", problem="p", remedy="r"),
     errors.PortTaken(address="127.0.0.1:1"),
+    errors.CredentialsError(source="server.pem", problem="no certificate in it"),
     errors.ProviderUnavailable(asked="a", actual="b"),
     errors.ServiceFailed(reason="why"),
 ]
@@ -99,3 +113,33 @@ def test_a_long_shape_is_cut() -> None:
 def test_a_long_version_is_cut() -> None:
     """The caller chose the version: the text does not grow with it."""
     assert len(str(errors.UnknownModelVersion(asked="x" * 10_000, loaded="a"))) < 200
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.UnknownModel(model="x" * 10_000, version="y" * 10_000),
+        errors.ModelUnloaded(model="x" * 10_000),
+        errors.PermissionDenied(client="jwt:" + "x" * 10_000, method="vae.v1.VaeService/Encode"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_long_name_is_cut(error: ServingError) -> None:
+    """The caller chose the name: the text does not grow with it."""
+    assert len(str(error)) < 250
+
+
+def test_what_an_operator_must_see_is_not_in_the_text() -> None:
+    """The reason why credentials were refused, or a replica was lost, is for the log alone."""
+    for error in (
+        errors.Unauthenticated(expected="an API key", detail="revealing"),
+        errors.EngineUnavailable(graph="encoder", detail="revealing"),
+    ):
+        assert "revealing" not in str(error)
+
+
+def test_who_is_busy_says_for_how_long() -> None:
+    """Everything that may be repeated after a while carries the time, in the text too."""
+    for error in EXAMPLES:
+        if isinstance(error, errors.Busy):
+            assert f"retry in {error.retry_after_s:.2f} s" in str(error)

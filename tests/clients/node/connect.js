@@ -21,8 +21,11 @@ for await (const chunk of client.sampleStream({
   stream.samples.push(chunk.samples.data);
 }
 
-// Leaving the loop ends the call.
-for await (const _ of client.sampleStream({ numSamples: 1_000_000n, seed: BigInt(seed), maxChunkRows: 1 })) {
+// Aborting ends the call; leaving the loop alone would not.
+const enough = new AbortController();
+const many = { numSamples: 1_000_000n, seed: BigInt(seed), maxChunkRows: 1 };
+for await (const _ of client.sampleStream(many, { signal: enough.signal })) {
+  enough.abort();
   break;
 }
 

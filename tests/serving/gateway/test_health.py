@@ -16,7 +16,7 @@ from tests.serving.harness import SERVICE, PuppetEngine, eventually, serving_wit
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-NAMES = ("", SERVICE)
+NAMES = ("", SERVICE, "inference.GRPCInferenceService")
 
 
 async def _check(channel: grpc.aio.Channel, name: str) -> int:
@@ -129,7 +129,12 @@ async def test_reflection_lists_the_services(service: GatewayServer) -> None:
         call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
         response = await call.read()
     names = {service.name for service in response.list_services_response.service}
-    assert names == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+    assert names == {
+        SERVICE,
+        "inference.GRPCInferenceService",
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+    }
 
 
 async def test_reflection_can_be_turned_off(bundle_dir: Path, small: Bundle) -> None:

@@ -48,7 +48,7 @@ async def test_a_second_listener_fails_loudly(service: GatewayServer, bundle_dir
 async def test_an_address_of_another_machine_fails_loudly(bundle_dir: Path) -> None:
     """A host that is not this machine is refused at the start."""
     with pytest.raises(PortTaken, match=r"cannot listen on 192\.0\.2\.1:0"):
-        async with in_process(settings(bundle_dir, "gateway.host=192.0.2.1")):
+        async with in_process(settings(bundle_dir, "gateway.host=192.0.2.1", "gateway.allow_plaintext=true")):
             pass
 
 

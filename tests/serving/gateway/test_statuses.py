@@ -84,12 +84,29 @@ def test_a_stranger_can_read_the_details(error: errors.ServingError) -> None:
         assert f"{violation.field}: {violation.description}" == status.message
 
 
-def test_a_full_queue_says_when_to_return() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [errors.QueueFull(retry_after_s=1.25), errors.RateLimited(retry_after_s=1.25, limit="10 rows per second")],
+    ids=lambda error: type(error).__name__,
+)
+def test_who_is_busy_says_when_to_return(error: errors.Busy) -> None:
     """The delay is there for programs (RetryInfo) and for gRPC itself (pushback)."""
-    status = statuses.of(errors.QueueFull(retry_after_s=1.25))
+    status = statuses.of(error)
     delay = _details(status)["RetryInfo"].retry_delay
     assert delay.ToMilliseconds() == 1250
     assert dict(status.trailers)["grpc-retry-pushback-ms"] == "1250"
+
+
+def test_only_who_is_busy_gives_a_delay() -> None:
+    """Nothing else tells a client to come back; too much metadata tells it not to."""
+    for error in CALL_ERRORS:
+        status = statuses.of(error)
+        assert ("RetryInfo" in _details(status)) == isinstance(error, errors.Busy)
+        pushback = dict(status.trailers).get("grpc-retry-pushback-ms")
+        if isinstance(error, errors.MetadataTooLarge):
+            assert pushback == "-1"
+        else:
+            assert (pushback is not None) == isinstance(error, errors.Busy)
 
 
 def test_the_unexpected_shows_an_id_alone() -> None:

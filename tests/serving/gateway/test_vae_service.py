@@ -126,6 +126,8 @@ async def test_get_model_says_what_is_loaded(client: AsyncVaeClient, small: Bund
         "max_latents_per_row": 64,
         "max_request_bytes": 16 * 2**20,
         "max_deadline_s": 60.0,
+        "max_stream_rows": 10_000_000,
+        "max_stream_s": 600.0,
     }
     assert (model.encoder_provider, model.decoder_provider) == ("CPUExecutionProvider", "CPUExecutionProvider")
 
