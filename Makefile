@@ -11,7 +11,7 @@ DEMO := demo
 BASE ?= main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clients fmt check test demo serve bench perf-analyzer protos clean
+.PHONY: help setup clients fmt check test demo serve bench bench-against perf-analyzer protos clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,10 @@ serve: $(STAMP) $(DEMO)/bundle/manifest.json ## keep the demo's model up on port
 
 bench: $(STAMP) ## what distribution costs: echo, in-process and Ray, alternating
 	$(BIN)/python -m tests.benchmarks.engines
+
+bench-against: $(STAMP) ## what the change since BASE costs, alternating with it
+	git worktree add --force --detach $(VENV)/base $(BASE)
+	$(BIN)/python -m tests.benchmarks.against $(VENV)/base --key; git worktree remove --force $(VENV)/base
 
 perf-analyzer: $(STAMP) ## sweep concurrency with NVIDIA's perf_analyzer and record it (Linux x86-64)
 	$(BIN)/python -m tests.benchmarks.perf_analyzer

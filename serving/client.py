@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["VaeService"].full_name
 DEFAULT_TIMEOUT_S: Final = 10.0
+_HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
 _UNLIMITED: Final = -1
 _ALL: Final = frozenset({pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_FLOAT16, pb.DATA_TYPE_UINT8})
 _TYPES: Final = {
@@ -368,13 +369,13 @@ class VaeClient:
 
     def wait_until_ready(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Return once the service can be reached and is healthy."""
-        ready = grpc.channel_ready_future(self._channel)
+        # By a call, whatever its answer: the future that gRPC offers leaves a thread that fails in a closed channel.
+        check: Any = self._channel.unary_unary(_HEALTH_CHECK)
         try:
-            ready.result(timeout_s)
-        except grpc.FutureTimeoutError:
-            raise _not_ready(timeout_s) from None
-        finally:
-            ready.cancel()
+            check(b"", timeout=timeout_s, wait_for_ready=True, metadata=_metadata(self._bearer, {}))
+        except grpc.RpcError as error:
+            if error.code() in {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE}:
+                raise _not_ready(timeout_s) from None
 
     def get_model(self, **options: Unpack[CallOptions]) -> Model:
         """Return what is known of the loaded model; wait for the service up to the deadline."""

