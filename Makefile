@@ -65,7 +65,7 @@ bench: $(STAMP) ## what distribution costs: echo, in-process and Ray, alternatin
 
 bench-against: $(STAMP) ## what the change since BASE costs, alternating with it
 	git worktree add --force --detach $(VENV)/base $(BASE)
-	$(BIN)/python -m tests.benchmarks.against $(VENV)/base --key; git worktree remove --force $(VENV)/base
+	$(BIN)/python -m tests.benchmarks.against $(VENV)/base --key; code=$$?; git worktree remove --force $(VENV)/base; exit $$code
 
 perf-analyzer: $(STAMP) ## sweep concurrency with NVIDIA's perf_analyzer and record it (Linux x86-64)
 	$(BIN)/python -m tests.benchmarks.perf_analyzer

@@ -190,7 +190,7 @@ class RowBatcher:
         if held // max_batch * run_s + own_s <= left_s:
             return
         # Not all that is held comes first: a closer look, which costs less than the call that it refuses.
-        wait_s = self._queue.num_rows_before(request) // max_batch * run_s
+        wait_s = self._queue.num_rows_before(request, max_batch) // max_batch * run_s
         if wait_s + own_s > left_s:
             what = f"about {wait_s:.2f} s of work is ahead, more than the deadline leaves"
             raise QueueFull(retry_after_s=self._time_to_drain_s(), what=what)

@@ -369,7 +369,7 @@ class VaeClient:
 
     def wait_until_ready(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Return once the service can be reached and is healthy."""
-        # By a call, whatever its answer: the future that gRPC offers leaves a thread that fails in a closed channel.
+        # By a call, whatever its answer: the future of gRPC leaves a thread that fails when the channel closes.
         check: Any = self._channel.unary_unary(_HEALTH_CHECK)
         try:
             check(b"", timeout=timeout_s, wait_for_ready=True, metadata=_metadata(self._bearer, {}))

@@ -140,11 +140,15 @@ class RowQueue:
         requests, self._requests, self.num_rows = self._requests, [], 0
         return requests
 
-    def num_rows_before(self, request: Request) -> int:
+    def num_rows_before(self, request: Request, max_rows: int) -> int:
         """Return how many rows are surely run before the last row of a request that is about to wait.
 
         Of its own client, those of earlier deadlines, but for what it shares runs with; of each other client as
-        many as its own gets meanwhile.
+        many as its own gets meanwhile, but for the odd row of each run.
+
+        Args:
+            request: With its time of arrival.
+            max_rows: Most rows in one run.
         """
         client, priority, now = request.ticket.client, request.ticket.priority, request.arrived_at
         own = largest = 0
@@ -158,7 +162,9 @@ class RowQueue:
                 own += other.num_waiting
                 largest = max(largest, other.num_waiting)
         own += min(largest, request.num_rows) - largest
-        return own + sum(min(waiting, own + request.num_rows) for waiting in others.values())
+        share = max(1, max_rows // (1 + len(others)))
+        meanwhile = (own + request.num_rows) * share // (share + 1)
+        return own + sum(min(waiting, meanwhile) for waiting in others.values())
 
     def take(self, max_rows: int, now: float) -> list[Slice]:
         """Return the rows of the next run, at most `max_rows`; nothing of the expired and cancelled."""

@@ -1,4 +1,4 @@
-"""Who is let in: a bounded number of calls, a fair share of them for each client, and a rate for each client."""
+"""Who is let in: a bounded number of calls and of unread answers, a fair share and a rate for each client."""
 
 import time
 from collections import Counter, OrderedDict
@@ -7,6 +7,7 @@ from typing import Final
 
 from serving.config import AdmissionConfig, RateLimit
 from serving.errors import QueueFull, RateLimited
+from serving.tickets import HIGHEST
 
 _MAX_CLIENTS: Final = 10_000
 """Clients whose rates are remembered. Whoever is forgotten was silent longest, and has saved up its burst anew."""
@@ -28,6 +29,8 @@ class Admission:
     def __init__(self, config: AdmissionConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._config, self._clock = config, clock
         self._calls: Counter[str] = Counter()
+        self._unread: Counter[str] = Counter()
+        self._num_unread_bytes = 0
         self._num_calls = 0
         self._ended_at = clock()
         self._interval_s = 0.0
@@ -41,25 +44,36 @@ class Admission:
         """Calls that were let in and have not ended."""
         return self._num_calls
 
-    def enter(self, client: str) -> None:
+    def enter(self, client: str, priority: int = HIGHEST) -> None:
         """Let a call in; `leave` must follow.
 
         Raises:
-            QueueFull: If there are too many calls, or too many of this client while others call too.
+            QueueFull: If there are too many calls, or too many of this client while others call too; or too much
+                is not read.
             RateLimited: If the client calls too fast.
         """
         config, own = self._config, self._calls[client]
-        if self._num_calls >= config.max_calls:
+        if self._num_calls >= config.shed_at[priority - HIGHEST] * config.max_calls:
             raise QueueFull(retry_after_s=self._time_to_drain_s(), what="too many calls are in flight")
         max_own = config.max_client_share * config.max_calls
         if own >= max_own and own < self._num_calls:
             what = f"{own} of your calls are in flight, your share while others call too"
             raise QueueFull(retry_after_s=self._time_to_drain_s(), what=what)
+        if self._unread:
+            self._check_unread(client)
+        self.count_call(client)
+        self._calls[client] = own + 1
+        self._num_calls += 1
+
+    def count_call(self, client: str) -> None:
+        """Count a call against the client's rate, or one request of a stream.
+
+        Raises:
+            RateLimited: If the client calls too fast.
+        """
         if self._limits_calls:
             limit = self._limit_of(client)
             self._take(client, "calls", 1, limit.calls_per_s, limit.burst_s)
-        self._calls[client] = own + 1
-        self._num_calls += 1
 
     def leave(self, client: str) -> None:
         """Count the end of a call that was let in."""
@@ -71,6 +85,30 @@ class Admission:
         self._calls[client] -= 1
         if not self._calls[client]:
             del self._calls[client]
+
+    @property
+    def num_unread_bytes(self) -> int:
+        """Bytes of large answers that nobody has taken yet."""
+        return self._num_unread_bytes
+
+    def hold(self, client: str, num_bytes: int) -> Callable[[object], None]:
+        """Count an answer that gRPC holds until it is read; return what is to be called then."""
+        self._unread[client] += num_bytes
+        self._num_unread_bytes += num_bytes
+
+        def let_go(_: object) -> None:
+            self._num_unread_bytes -= num_bytes
+            self._unread[client] -= num_bytes
+            if not self._unread[client]:
+                del self._unread[client]
+
+        return let_go
+
+    def _check_unread(self, client: str) -> None:
+        limit = self._config.max_unread_bytes
+        own = self._unread.get(client, 0)
+        if self._num_unread_bytes > limit or own > self._config.max_client_share * limit:
+            raise QueueFull(retry_after_s=_RETRY_S[1], what="too many answers wait to be read")
 
     def charge(self, client: str, num_rows: int) -> None:
         """Count rows of a client before they join a queue.

@@ -38,7 +38,9 @@ PRIORITY_KEY: Final = "vae-priority"
 MAX_SMALL_BYTES: Final = 64 * 1024
 """Largest request without tensors: parsing multiplies the size of hostile messages."""
 
+_UNREAD_ABORT_S: Final = 0.5
 _TICK_S: Final = 0.01
+_PRIORITIES: Final = frozenset({"1", "2", "3"})
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -74,12 +76,13 @@ class Call:
     """
 
     __slots__ = (
-        "_priority", "_request_id", "arrived_at", "client", "code", "context", "expires_at", "metadata",
-        "metadata_bytes", "path", "ticket",
+        "_request_id", "arrived_at", "client", "code", "context", "expires_at", "metadata",
+        "metadata_bytes", "path", "priority", "ticket",
+        "unread_bytes",
     )  # fmt: skip
 
     def __init__(self, path: str, context: Context, priority: int = HIGHEST) -> None:
-        self.path, self.context, self._priority = path, context, priority
+        self.path, self.context = path, context
         self.arrived_at = self.expires_at = time.monotonic()
         self.code = grpc.StatusCode.OK
         self.client = ""
@@ -89,7 +92,12 @@ class Call:
         pairs: Any = context.invocation_metadata() or ()  # made anew by each call of it
         self.metadata: dict[str, str | bytes] = dict(pairs)
         """What the caller sent beside the body; of a repeated key the last value."""
+        asked = self.metadata.get(PRIORITY_KEY)
+        self.priority = max(priority, int(asked)) if asked in _PRIORITIES else priority
+        """The method's, from which callers may step back by `vae-priority: 3`."""
         self.metadata_bytes = sum([len(key) + len(value) for key, value in pairs])
+        self.unread_bytes = 0
+        """Size of an answer, or of the message of a stream that its caller does not take."""
         self._request_id = ""
 
     @property
@@ -107,12 +115,8 @@ class Call:
         return self._request_id
 
     def make_ticket(self) -> Ticket:
-        """Return a ticket for a request of this call. Callers may step back by `vae-priority: 3`."""
-        ticket = Ticket(self.expires_at, client=self.client, priority=self._priority)
-        asked = self.metadata.get(PRIORITY_KEY)
-        if asked in {"1", "2", "3"}:
-            ticket.demote(int(asked))
-        return ticket
+        """Return a ticket for a request of this call."""
+        return Ticket(self.expires_at, client=self.client, priority=self.priority)
 
     def check_metadata(self, max_bytes: int) -> None:
         """Refuse a flood of metadata. gRPC's own limit binds only callers who have acknowledged it.
@@ -124,9 +128,16 @@ class Call:
             raise MetadataTooLarge(limit=max_bytes, actual=self.metadata_bytes)
 
     async def end(self, status: statuses.Status) -> bytes:
-        """End the call with a status; does not return."""
+        """End the call with a status; does not return.
+
+        A caller who does not read is not waited for: gRPC delivers the status if they ever do.
+        """
         self.code = status.code
-        await self.context.abort(status.code, status.message, status.trailers)
+        try:
+            async with asyncio.timeout(_UNREAD_ABORT_S if self.unread_bytes else None):
+                await self.context.abort(status.code, status.message, status.trailers)
+        except TimeoutError:
+            raise asyncio.CancelledError from None
         raise AssertionError("abort does not return")  # pragma: no cover - for the type checker
 
 
@@ -215,7 +226,7 @@ class Reading:
             loop.call_at(oldest + self._timeout_s + _TICK_S, self._end_the_stalled)
 
 
-class Limits(NamedTuple):
+class Patience(NamedTuple):
     """How long a caller may take."""
 
     reading: Reading
@@ -226,7 +237,7 @@ class Limits(NamedTuple):
 
 
 def handler(
-    path: str, method: Method, surrounds: Iterable[Surround], limits: Limits
+    path: str, method: Method, surrounds: Iterable[Surround], patience: Patience
 ) -> "grpc.RpcMethodHandler[bytes, bytes]":
     """Return the gRPC handler of one method.
 
@@ -237,9 +248,9 @@ def handler(
         path: Full name of the method.
         method: The request and the behaviour.
         surrounds: What surrounds it, outermost first.
-        limits: How long a caller may take.
+        patience: How long a caller may take.
     """
-    proceed: Proceed = _innermost(method, limits)
+    proceed: Proceed = _innermost(method, patience)
     for surround in reversed(list(surrounds)):
         proceed = functools.partial(_around, surround, proceed)
 
@@ -258,26 +269,26 @@ def _around(surround: Surround, inner: Proceed, call: Call) -> Awaitable[bytes]:
     return surround.around(call, inner)
 
 
-def _innermost(method: Method, limits: Limits) -> Proceed:
+def _innermost(method: Method, patience: Patience) -> Proceed:
     async def unary(call: Call) -> bytes:
         assert method.unary is not None  # noqa: S101 - for the type checker
-        request = _parse(await limits.reading.read(call.context), method)
+        request = _parse(await patience.reading.read(call.context), method)
         call.ticket = call.make_ticket()
         return (await method.unary(request, call.ticket)).SerializeToString()
 
     async def server_stream(call: Call) -> bytes:
         assert method.server_stream is not None  # noqa: S101 - as above
-        request = _parse(await limits.reading.read(call.context), method)
+        request = _parse(await patience.reading.read(call.context), method)
         call.ticket = call.make_ticket()
         responses = method.server_stream(request, call.ticket)
-        await _write_all(call, responses, limits, is_resumable=True)
+        await _write_all(call, responses, patience, is_resumable=True)
         return b""
 
     async def bidirectional(call: Call) -> bytes:
         assert method.bidirectional is not None  # noqa: S101 - as above
-        requests = _read_all(call, method, limits.reading)
-        await _write_all(call, method.bidirectional(requests, call), limits, is_resumable=False)
-        if limits.reading.is_draining:
+        requests = _read_all(call, method, patience.reading)
+        await _write_all(call, method.bidirectional(requests, call), patience, is_resumable=False)
+        if patience.reading.is_draining:
             raise Draining
         return b""
 
@@ -309,7 +320,9 @@ def _parse(body: Any, method: Method) -> Message:  # noqa: ANN401 - bytes, or th
         raise MalformedMessage(message_type=kind.__name__) from None
 
 
-async def _write_all(call: Call, responses: AsyncIterator[Message], limits: Limits, *, is_resumable: bool) -> None:
+async def _write_all(
+    call: Call, responses: AsyncIterator[Message], patience: Patience, *, is_resumable: bool
+) -> None:
     """Send responses as they are made; the next is asked for when the caller has taken this one.
 
     Raises:
@@ -318,12 +331,14 @@ async def _write_all(call: Call, responses: AsyncIterator[Message], limits: Limi
     """
     try:
         async for response in responses:
+            body = response.SerializeToString()
             try:
-                async with asyncio.timeout(limits.write_s):
-                    await call.context.write(response.SerializeToString())
+                async with asyncio.timeout(patience.write_s):
+                    await call.context.write(body)
             except TimeoutError:
-                raise ResponseStalled(timeout_s=limits.write_s) from None
-            if is_resumable and limits.reading.is_draining:
+                call.unread_bytes = len(body)
+                raise ResponseStalled(timeout_s=patience.write_s) from None
+            if is_resumable and patience.reading.is_draining:
                 raise Draining
     finally:
         await responses.aclose()  # type: ignore[attr-defined]  # an async generator: what it holds is let go now

@@ -44,12 +44,19 @@ class InferenceService:
         operations: What the service does, on arrays.
         config: What ModelConfig states, and limits.
         is_ready: Whether the service answers requests now.
+        count_call: Told the client of each request of a stream; may refuse it.
     """
 
-    def __init__(self, operations: Operations, config: ServingConfig, is_ready: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        operations: Operations,
+        config: ServingConfig,
+        is_ready: Callable[[], bool],
+        count_call: Callable[[str], None] = lambda _client: None,
+    ) -> None:
         self._config, self._limits, self._is_ready = config, config.limits, is_ready
         self._max_rows, self._digest = operations.max_rows, operations.manifest.version
-        self._models = models(operations)
+        self._models, self._count_call = models(operations), count_call
         self._unloaded: set[str] = set()
         control = [_REPOSITORY] if config.gateway.repository_control else []
         self._server = pb.ServerMetadataResponse(
@@ -259,6 +266,7 @@ class InferenceService:
         ticket = call.make_ticket()
         ticket.expires_at = min(ticket.expires_at, time.monotonic() + self._limits.default_deadline_s)
         try:
+            self._count_call(call.client)
             async with _until(ticket.expires_at):
                 response = await self.ModelInfer(request, ticket)
         except Exception as error:

@@ -381,17 +381,19 @@ class Operations:
         pixels = self._check_data(data, "data")
         self.check_num_latents(len(pixels), num_latents)
         self.check_first_row(first_row)
-        posterior = Posterior(*await self._submit(self.encoder, pixels, ticket))
+        num_rows = len(pixels) * (1 + num_latents)
+        posterior = Posterior(*await self._submit(self.encoder, pixels, ticket, charged=num_rows))
         size = posterior.mean.size * num_latents
         latents, standard = await _off_loop(size, _draw_latents, posterior, num_latents, seed, first_row)
         flat = latents.reshape(-1, self.manifest.latent_dim)
-        (logits,) = await self._submit(self.scorer, flat, ticket)
+        (logits,) = await self._submit(self.scorer, flat, ticket, charged=0)
         return await _off_loop(logits.size, _score, pixels, posterior, standard, latents, logits, bound)
 
     async def reconstruct(self, data: Rows, *, ticket: Ticket) -> Float32:
         """Return the decoded posterior means of data."""
-        posterior = await self.encode(data, ticket=ticket)
-        (mean,) = await self._submit(self.decoder, posterior.mean, ticket)
+        pixels = self._check_data(data, "data")
+        latents, _ = await self._submit(self.encoder, pixels, ticket, charged=2 * len(pixels))
+        (mean,) = await self._submit(self.decoder, latents, ticket, charged=0)
         return mean
 
     async def interpolate(
@@ -428,22 +430,33 @@ class Operations:
         self._check_rows("num_steps", num_steps * len(start))
         if kind == "data":
             pixels = np.concatenate([self._check_data(start, "data.start"), self._check_data(end, "data.end")])
-            mean, _ = await self._submit(self.encoder, pixels, ticket)
+            num_rows = len(pixels) + num_steps * len(start)
+            mean, _ = await self._submit(self.encoder, pixels, ticket, charged=num_rows)
             start, end = np.split(mean, 2)
         else:
             self._check_latents(start, "latents.start")
             self._check_latents(end, "latents.end")
         latents = interpolate_latents(start, end, num_steps, path)
         flat = latents.reshape(-1, self.manifest.latent_dim)
-        (mean,) = await self._submit(self.decoder, flat, ticket)
+        charged = 0 if kind == "data" else len(flat)
+        (mean,) = await self._submit(self.decoder, flat, ticket, charged=charged)
         return mean.reshape(len(start), num_steps, *self.manifest.data_shape), latents
 
     async def close(self) -> None:
         """Fail what waits, end what runs."""
         await asyncio.gather(self.encoder.close(), self.decoder.close(), self.scorer.close())
 
-    async def _submit(self, batcher: RowBatcher, source: Source, ticket: Ticket) -> Outputs:
-        self._charge(ticket.client, len(source))
+    async def _submit(
+        self, batcher: RowBatcher, source: Source, ticket: Ticket, *, charged: int | None = None
+    ) -> Outputs:
+        """Charge and run rows.
+
+        What a call runs in several graphs is charged with the first: refused later, it could never pass, because
+        its own beginning would have spent what its end needs.
+        """
+        num_rows = len(source) if charged is None else charged
+        if num_rows:
+            self._charge(ticket.client, num_rows)
         return await batcher.submit(source, ticket)
 
     async def _sample(

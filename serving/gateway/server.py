@@ -19,8 +19,7 @@ from serving.engine.protocol import Engine, Providers
 from serving.errors import PortTaken
 from serving.gateway import inference_service, vae_service
 from serving.gateway.admission import Admission
-from serving.gateway.calls import Limits as CallLimits
-from serving.gateway.calls import Method, Reading, handler
+from serving.gateway.calls import Method, Patience, Reading, handler
 from serving.gateway.credentials import check_plaintext, server_credentials
 from serving.gateway.guard import Guard
 from serving.gateway.health import Health
@@ -65,7 +64,12 @@ class GatewayServer:
         self._service = VaeService(self.operations, config.limits)
         self._services: dict[str, dict[str, Method]] = {vae_service.NAME: self._service.methods()}
         if gateway.open_inference:
-            inference = InferenceService(self.operations, config, is_ready=lambda: self.health.is_ready)
+            inference = InferenceService(
+                self.operations,
+                config,
+                is_ready=lambda: self.health.is_ready,
+                count_call=self._admission.count_call,
+            )
             self._services[inference_service.NAME] = inference.methods()
         self.health = Health(
             engine,
@@ -157,7 +161,7 @@ class GatewayServer:
             Admit(self._admission),
             limit_time,
         )
-        return handler(path, method, surrounds, CallLimits(self._reading, transport.write_timeout_s))
+        return handler(path, method, surrounds, Patience(self._reading, transport.write_timeout_s))
 
     def _is_quiet(self, since: float) -> bool:
         silent_s = time.monotonic() - max(self._traffic.last_arrival, since)
@@ -222,6 +226,8 @@ def _options(config: ServingConfig) -> list[tuple[str, int]]:
             "grpc.compression_enabled_algorithms_bitset",
             identity | gzip if transport.compression == "gzip" else identity,
         ),
+        ("grpc.server.max_pending_requests", transport.max_pending_calls),
+        ("grpc.server.max_pending_requests_hard_limit", transport.max_pending_calls),
         ("grpc.server_handshake_timeout_ms", _ms(transport.handshake_timeout_s)),
         ("grpc.keepalive_time_ms", _ms(transport.keepalive_time_s)),
         ("grpc.keepalive_timeout_ms", _ms(transport.keepalive_timeout_s)),

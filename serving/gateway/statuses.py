@@ -1,5 +1,6 @@
 """The catalogue of errors: class -> status code, reason, retry hint, and what the caller may read."""
 
+import math
 from typing import Final, NamedTuple
 
 import grpc
@@ -77,10 +78,10 @@ def of(error: errors.ServingError) -> Status:
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
         trailers.append((FIELD_KEY, error.field))
     if isinstance(error, errors.Busy):
-        delay = Duration()
-        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        delay, wait_ms = Duration(), math.ceil(error.retry_after_s * 1000)  # not earlier than there is room
+        delay.FromMilliseconds(wait_ms)
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-        trailers.append((PUSHBACK_KEY, str(round(error.retry_after_s * 1000))))
+        trailers.append((PUSHBACK_KEY, str(wait_ms)))
     if isinstance(error, errors.MetadataTooLarge):
         trailers.append((PUSHBACK_KEY, _NEVER))
     return _status(code, str(error)[:_MAX_MESSAGE], details, trailers)

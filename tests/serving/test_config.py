@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -13,9 +14,22 @@ from serving.typed_config import ConfigError
 
 
 def _models(model: type[BaseModel]) -> list[type[BaseModel]]:
-    children = [field.annotation for field in model.model_fields.values()]
-    nested = [child for child in children if isinstance(child, type) and issubclass(child, BaseModel)]
+    nested = [child for field in model.model_fields.values() for child in _nested(field.annotation)]
     return [model, *(deep for child in nested for deep in _models(child))]
+
+
+def _nested(annotation: object) -> list[type[BaseModel]]:
+    """Return the models in the type of a field, also those in `X | None`, tuples and dictionaries."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [child for part in get_args(annotation) for child in _nested(part)]
+
+
+def test_every_section_is_looked_at() -> None:
+    """The laws below reach the sections inside lists, dictionaries and options."""
+    assert {"JwtConfig", "Grant", "RateLimit", "TlsConfig", "TransportConfig"} <= {
+        model.__name__ for model in _models(ServingConfig)
+    }
 
 
 def test_every_field_says_what_it_means() -> None:
@@ -35,7 +49,7 @@ def test_every_number_has_a_range() -> None:
         f"{model.__name__}.{name}"
         for model in _models(ServingConfig)
         for name, field in model.model_fields.items()
-        if field.annotation in {int, float, int | None} and not field.metadata
+        if field.annotation in {int, float, int | None, float | None} and not field.metadata
     ]
     assert not free
 
@@ -66,6 +80,26 @@ def test_every_number_has_a_range() -> None:
         "device=tpu",
         "start_timeout_s=0",
         "bundle=null",
+        "batching.age_after_s=0",
+        "limits.max_stream_rows=0",
+        "limits.stream_chunk_bytes=1023",
+        "limits.max_stream_s=0",
+        "limits.max_stream_calls=0",
+        "gateway.transport.max_metadata_bytes=100",
+        "gateway.transport.max_concurrent_streams=0",
+        "gateway.transport.body_timeout_s=0",
+        "gateway.transport.write_timeout_s=-1",
+        "gateway.transport.keepalive_time_s=0.5",
+        "gateway.transport.compression=deflate",
+        "gateway.num_replicas=0",
+        "gateway.auth.health=closed",
+        "gateway.auth.reflection=maybe",
+        "gateway.admission.max_calls=0",
+        "gateway.admission.max_client_share=0",
+        "gateway.admission.max_client_share=1.1",
+        "gateway.admission.rate_limit.calls_per_s=0",
+        "gateway.admission.rate_limit.rows_per_s=-1",
+        "gateway.admission.rate_limit.burst_s=0",
     ],
 )
 def test_values_out_of_range_are_refused_by_name(override: str) -> None:
@@ -73,6 +107,53 @@ def test_values_out_of_range_are_refused_by_name(override: str) -> None:
     key = override.partition("=")[0]
     with pytest.raises(ConfigError, match=rf"^{key}: .*\(got "):
         ServingConfig.parse({"bundle": "b"}).override([override])
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [(1.0, 0.8), (1.0, 0.8, 0.5, 0.2), (0.5, 0.8, 1.0), (1.0, 0.8, 0.0), (1.1, 0.8, 0.5), (1.0, -0.1, -0.2)],
+)
+def test_shares_of_the_queue_fall_with_the_priority(shares: tuple[float, ...]) -> None:
+    """Three shares in (0, 1], the most urgent first; anything else is refused by name."""
+    with pytest.raises(ConfigError, match=r"^batching\.shed_at"):
+        ServingConfig.parse({"bundle": "b", "batching": {"shed_at": shares}})
+    with pytest.raises(ConfigError, match=r"^gateway\.admission\.shed_at"):
+        ServingConfig.parse({"bundle": "b", "gateway": {"admission": {"shed_at": shares}}})
+
+
+@pytest.mark.parametrize("shares", [(1.0, 1.0, 1.0), (0.9, 0.9, 0.1)])
+def test_shares_of_the_queue_may_be_equal(shares: tuple[float, ...]) -> None:
+    """Who wants no difference between priorities says so."""
+    assert ServingConfig.parse({"batching": {"shed_at": shares}}).batching.shed_at == shares
+
+
+@pytest.mark.parametrize(
+    ("tls", "problem"),
+    [
+        ({"certificate": "server.pem"}, "expected both a certificate and a private_key"),
+        ({"private_key": "server.key"}, "expected both a certificate and a private_key"),
+        ({"client_ca": "ca.pem"}, "client_ca needs a certificate"),
+    ],
+)
+def test_half_of_a_transport_security_is_refused(tls: dict[str, str], problem: str) -> None:
+    """A certificate without its key, or clients' certificates without TLS, would be a false safety."""
+    with pytest.raises(ConfigError, match=rf"^gateway\.tls: .*{problem}"):
+        ServingConfig.parse({"gateway": {"tls": tls}})
+
+
+@pytest.mark.parametrize("algorithm", ["none", "HS256", "NONE", "", "RS1"])
+def test_algorithms_that_prove_nothing_are_refused(algorithm: str) -> None:
+    """Tokens are verified with public keys alone: neither `none` nor a shared secret can be switched on."""
+    jwt = {"issuer": "i", "audience": "a", "jwks": "keys.json", "algorithms": ["RS256", algorithm]}
+    with pytest.raises(ConfigError, match=r"^gateway\.auth\.jwt\.algorithms: .*not accepted"):
+        ServingConfig.parse({"gateway": {"auth": {"jwt": jwt}}})
+
+
+def test_an_empty_grant_is_refused() -> None:
+    """A grant without clients or methods lets nobody do anything, and looks as if it did."""
+    for clients, methods in (((), ("*",)), (("*",), ())):
+        with pytest.raises(ConfigError, match=r"^gateway\.auth\.grants\.0\."):
+            ServingConfig.parse({"gateway": {"auth": {"grants": [{"clients": clients, "methods": methods}]}}})
 
 
 def test_a_file_is_read_and_values_go_over_it(tmp_path: Path) -> None:

@@ -95,6 +95,31 @@ def test_rows_of_many_seeds_are_drawn_at_once(draws: list[tuple[int, int]], dim:
         assert drawn.tobytes() == noise.normal(own, 1, dim, first_row=row, stream=stream).tobytes()
 
 
+@given(
+    draws=st.lists(st.tuples(SEEDS, FIRST_ROWS), min_size=1, max_size=20), dim=st.integers(1, 17), stream=STREAMS
+)
+@settings(max_examples=60, deadline=None)
+def test_uniform_rows_of_many_seeds_are_drawn_at_once(
+    draws: list[tuple[int, int]], dim: int, stream: Stream
+) -> None:
+    """The same holds for uniform noise: rows of any numbers, in any order, of any seeds."""
+    seeds, rows = (np.array(values, np.uint64) for values in zip(*draws, strict=True))
+    mixed = noise.uniform_at(seeds, rows, dim, stream=stream)
+    assert mixed.shape == (len(draws), dim)
+    assert mixed.dtype == np.float32
+    for (own, row), drawn in zip(draws, mixed, strict=True):
+        assert drawn.tobytes() == noise.uniform(own, 1, dim, first_row=row, stream=stream).tobytes()
+
+
+def test_one_seed_serves_all_rows() -> None:
+    """A single seed stands for that of every row."""
+    rows = np.array([5, 2**63, 0, 5], np.uint64)
+    for draw in (noise.normal_at, noise.uniform_at):
+        one, each = (draw(np.full(number, 9, np.uint64), rows, 3) for number in (1, 4))
+        assert one.tobytes() == each.tobytes()
+        assert one[0].tobytes() == one[3].tobytes() != one[2].tobytes()
+
+
 def test_streams_differ() -> None:
     """The same seed gives different noise for different purposes, in every pair of streams."""
     rows = {noise.normal(3, 1, 8, stream=stream).tobytes() for stream in Stream}

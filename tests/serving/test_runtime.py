@@ -1,5 +1,7 @@
 """A graph runs where it was asked to, gives its known answers, and treats each row alone."""
 
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 
 from serving import bundle
 from serving.bundle import Bundle, Manifest
-from serving.errors import BundleError, ProviderUnavailable
+from serving.errors import BundleError, DeadlineExceeded, ProviderUnavailable
 from serving.runtime import Graph, GraphRuntime
 
 GRAPHS: tuple[Graph, ...] = ("encoder", "decoder")
@@ -80,6 +82,25 @@ def test_only_the_outputs_asked_for_are_returned(small: Bundle, seed: int) -> No
     log_var, mean = runtime.run(rows, ("log_var", "mean"))
     assert runtime.run(rows, ("mean",))[0].tobytes() == mean.tobytes()
     assert mean.tobytes() != log_var.tobytes()
+
+
+@pytest.mark.parametrize("expires_in_s", [60.0, math.inf])
+def test_a_run_whose_time_has_not_come_to_its_end_is_run(small: Bundle, seed: int, expires_in_s: float) -> None:
+    """With time left, a run until a deadline is a run."""
+    runtime, rows = _load(small, "decoder"), _rows("decoder", 3, seed)
+    (mean,) = runtime.run_until(time.monotonic() + expires_in_s, rows, ("mean",))
+    assert mean.tobytes() == runtime.run(rows, ("mean",))[0].tobytes()
+
+
+@pytest.mark.parametrize("late_s", [1e-3, 1e9, math.inf])
+def test_a_run_that_nobody_waits_for_is_not_run(
+    small: Bundle, seed: int, late_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows whose deadline passed while they waited for a thread never reach the graph."""
+    runtime, rows = _load(small, "decoder"), _rows("decoder", 3, seed)
+    monkeypatch.setattr(runtime, "run", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(DeadlineExceeded, match="the deadline passed"):
+        runtime.run_until(time.monotonic() - late_s, rows, ("mean",))
 
 
 @pytest.mark.parametrize("graph", GRAPHS)

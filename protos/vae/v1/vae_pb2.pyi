@@ -857,8 +857,8 @@ class SampleStreamRequest(_message.Message):
     seed: _builtins.int
     """Seed of the draw. The same seed and model version give the same samples. Chosen by the service if absent."""
     first_row: _builtins.int
-    """Number of the first row in the seed's endless sequence. To resume, give the number after the last row that
-    came, and the seed of the answer. Zero by default.
+    """Number of the first row in the seed's endless sequence, in [0, 2^63]. To resume, give the number after the
+    last row that came, and the seed of the answer. Zero by default.
     """
     temperature: _builtins.float
     """Standard deviation of the latents, in [0, 10]. One by default: the prior."""

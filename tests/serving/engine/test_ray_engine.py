@@ -1,6 +1,8 @@
 """The Ray engine without a cluster: handles that behave as told. The real ones are in tests/end_to_end."""
 
 import asyncio
+import math
+import time
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from serving.bundle import Bundle
 from serving.config import ServingConfig
 from serving.engine.ray_engine import RayEngine
-from serving.errors import EngineUnavailable
+from serving.errors import DeadlineExceeded, EngineUnavailable
 from serving.runtime import LoadReport
 
 ROWS = np.ones((3, 2), np.float32)
@@ -22,6 +24,7 @@ class Handle:
     def __init__(self, *outcomes: object) -> None:
         self._outcomes = list(outcomes)
         self.num_calls = 0
+        self.arguments: list[tuple[Any, ...]] = []
         self.chosen: dict[str, Any] = {}
 
     def options(self, **chosen: Any) -> "Handle":  # noqa: ANN401 - whatever Serve takes
@@ -39,9 +42,10 @@ class Handle:
         """The method that says what is loaded."""
         return self
 
-    async def remote(self, *_: object) -> object:
+    async def remote(self, *arguments: object) -> object:
         """End as told; the last outcome repeats."""
         self.num_calls += 1
+        self.arguments.append(arguments)
         outcome = self._outcomes.pop(0) if len(self._outcomes) > 1 else self._outcomes[0]
         if outcome == "hang":
             await asyncio.sleep(60)
@@ -78,6 +82,53 @@ async def test_an_attempt_that_hangs_is_given_up(small: Bundle) -> None:
     decoder = Handle("hang", (small.manifest.version, (ROWS,)))
     engine = engine_of(small, decoder, "decoder.attempt_timeout_s=0.05")
     np.testing.assert_array_equal(await engine.decode(ROWS, 60.0), ROWS)
+
+
+async def test_the_deadline_of_the_rows_ends_all_attempts(small: Bundle) -> None:
+    """When nobody waits any more, a stuck replica is not followed by another: the caller's time is over."""
+    decoder = Handle("hang")
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match="the deadline passed"):
+        await engine_of(small, decoder).decode(ROWS, 0.1)
+    assert 0.1 <= time.monotonic() - started < 2
+    assert decoder.num_calls == 1
+
+
+async def test_attempts_share_the_time_that_is_left(small: Bundle) -> None:
+    """Each attempt is told the seconds that are left, fewer each time, and none is begun after the end."""
+    decoder = Handle("hang")
+    engine = engine_of(small, decoder, "decoder.attempt_timeout_s=0.1", "decoder.max_attempts=10")
+    with pytest.raises(DeadlineExceeded, match="the deadline passed"):
+        await engine.decode(ROWS, 0.25, "logits")
+    left = [arguments[2] for arguments in decoder.arguments]
+    assert left == sorted(left, reverse=True)
+    assert 0 < left[-1] < left[0] <= 0.25
+    assert 2 <= decoder.num_calls <= 3
+    assert all(arguments[1] == ("logits",) for arguments in decoder.arguments)
+
+
+async def test_rows_that_are_late_already_cost_no_call(small: Bundle) -> None:
+    """Rows without any time left are not sent to a replica."""
+    decoder = Handle((small.manifest.version, (ROWS,)))
+    for late_s in (0.0, -5.0):
+        with pytest.raises(DeadlineExceeded, match="the deadline passed"):
+            await engine_of(small, decoder).decode(ROWS, late_s)
+    assert decoder.num_calls == 0
+
+
+async def test_a_replica_that_drops_late_rows_is_not_asked_twice(small: Bundle) -> None:
+    """What expired in the replica's own queue has expired for the caller, without what Ray says around it."""
+    decoder = Handle(DeadlineExceeded())
+    with pytest.raises(DeadlineExceeded, match="the deadline passed") as caught:
+        await engine_of(small, decoder).decode(ROWS, 60.0)
+    assert decoder.num_calls == 1
+    assert caught.value.__suppress_context__
+
+
+async def test_rows_without_a_deadline_are_run(small: Bundle) -> None:
+    """No end of time is a time, too."""
+    decoder = Handle((small.manifest.version, (ROWS,)))
+    np.testing.assert_array_equal(await engine_of(small, decoder).decode(ROWS, math.inf), ROWS)
 
 
 async def test_a_bug_in_the_replica_is_not_repeated(small: Bundle) -> None:

@@ -62,6 +62,35 @@ def test_calls_in_flight_are_bounded(make: Make) -> None:
     assert admission.num_calls == 10
 
 
+@pytest.mark.parametrize(("priority", "bound"), [(1, 10), (2, 9), (3, 7)])
+def test_the_less_urgent_are_shed_first(make: Make, priority: int, bound: int) -> None:
+    """Each priority has its own share of the calls, to the call; the more urgent still come in."""
+    admission = make(max_calls=10, max_client_share=1.0, shed_at=(1.0, 0.9, 0.7))
+    for _ in range(bound):
+        admission.enter("a", priority)
+    for lower in range(priority, 4):
+        with pytest.raises(QueueFull, match="too many calls"):
+            admission.enter("b", lower)
+    if priority > 1:
+        admission.enter("b", priority - 1)
+
+
+def test_requests_of_a_stream_count_as_calls_of_the_rate(make: Make, clock: Clock) -> None:
+    """A stream of requests is no way around the rate of calls, and takes none of the places."""
+    admission = make(rate_limit={"calls_per_s": 3})
+    admission.enter("a")
+    admission.count_call("a")
+    admission.count_call("a")
+    with pytest.raises(RateLimited, match="3 calls per second"):
+        admission.count_call("a")
+    with pytest.raises(RateLimited, match="3 calls per second"):
+        admission.enter("a")
+    assert admission.num_calls == 1
+    clock.now += 1 / 3
+    admission.enter("a")
+    assert admission.num_calls == 2
+
+
 def test_a_client_alone_may_use_everything(make: Make) -> None:
     """The share of a client binds only beside others."""
     admission = make(max_calls=10, max_client_share=0.3)

@@ -14,7 +14,9 @@ import pytest
 from prometheus_client import REGISTRY
 
 from protos.vae.v1 import vae_pb2 as pb
+from serving import errors
 from serving.bundle import Bundle
+from serving.gateway.interceptors import Sparingly
 from serving.gateway.server import GatewayServer
 from serving.tensors import to_message
 from tests.serving.harness import (
@@ -23,13 +25,15 @@ from tests.serving.harness import (
     call,
     eventually,
     failure,
+    read_until_failure,
+    sample_stream,
     serving_with,
     settings,
     trailers,
     wire,
 )
 
-METHODS = ("Encode", "Decode", "Sample", "Reconstruct", "Interpolate", "GetModel")
+METHODS = ("Encode", "Decode", "Sample", "Reconstruct", "Interpolate", "Score", "SampleStream", "GetModel")
 TEXT = "/secret/path of a BadClass"
 
 
@@ -197,6 +201,148 @@ async def test_each_call_is_counted_under_its_end(held: GatewayServer, engine: P
         task.cancel()
         await eventually(lambda: REGISTRY.get_sample_value("vae_calls_in_flight") == 0)
     assert {code: _calls("Sample", code) - before[code] for code in codes} == dict.fromkeys(codes, 1.0)
+
+
+async def test_a_stream_is_counted_under_its_end(held: GatewayServer, engine: PuppetEngine) -> None:
+    """A stream is one call, counted once, by how it ended; also when its reader left."""
+    codes = ("OK", "INVALID_ARGUMENT", "INTERNAL", "DEADLINE_EXCEEDED", "CANCELLED")
+    before = {code: _calls("SampleStream", code) for code in codes}
+    many = pb.SampleStreamRequest(num_samples=1_000_000, seed=1, max_chunk_rows=2)
+    async with wire(held.port) as channel:
+        few = pb.SampleStreamRequest(num_samples=10, seed=1, max_chunk_rows=2)
+        assert len([chunk async for chunk in sample_stream(channel, few)]) == 5
+        await read_until_failure(sample_stream(channel, pb.SampleStreamRequest()))
+        engine.error = RuntimeError("surprise")
+        await read_until_failure(sample_stream(channel, few))
+        engine.error = None
+        _, error = await read_until_failure(sample_stream(channel, many, timeout=0.3))
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        stream = sample_stream(channel, many, timeout=30)
+        await stream.read()
+        stream.cancel()
+        await eventually(lambda: sum(_calls("SampleStream", code) - before[code] for code in codes) == 5)
+    assert {code: _calls("SampleStream", code) - before[code] for code in codes} == dict.fromkeys(codes, 1.0)
+    assert REGISTRY.get_sample_value("vae_calls_in_flight") == 0
+
+
+async def test_a_surprise_in_the_middle_of_a_stream_shows_an_id_and_nothing_else(
+    held: GatewayServer, engine: PuppetEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was sent is right, and the end tells a stranger no more than the end of a call."""
+    async with wire(held.port) as channel:
+        stream = sample_stream(channel, pb.SampleStreamRequest(num_samples=1000, seed=1, max_chunk_rows=2))
+        await stream.read()
+        engine.error = RuntimeError(TEXT)
+        responses, error = await read_until_failure(stream)
+    assert [part.first_row for part in responses] == [2 * (1 + index) for index in range(len(responses))]
+    assert error.code() is grpc.StatusCode.INTERNAL
+    sent = f"{error.details()} {error.trailing_metadata()}"
+    for word in ("secret", "BadClass", "Traceback", "RuntimeError", ".py", "/"):
+        assert word not in sent.replace("type.googleapis.com/google", "")
+    (record,) = [record for record in caplog.records if record.message == "call failed"]
+    assert vars(record)["error_id"] in str(error.details())
+    assert vars(record)["method"] == "SampleStream"
+
+
+async def test_callers_who_leave_are_no_errors_in_the_log(
+    held: GatewayServer, engine: PuppetEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cancelled calls and streams, and connections that go, are everyday: the log says nothing of them."""
+    for _ in range(3):
+        engine.is_open.set()
+        async with wire(held.port) as channel:
+            stream = sample_stream(channel, pb.SampleStreamRequest(num_samples=1_000_000, seed=1))
+            await stream.read()
+            engine.is_open.clear()
+            pending = asyncio.ensure_future(call(channel, "Sample", pb.SampleRequest(num_samples=1)))
+            await eventually(lambda: REGISTRY.get_sample_value("vae_calls_in_flight") == 2)
+            pending.cancel()
+        await eventually(lambda: REGISTRY.get_sample_value("vae_calls_in_flight") == 0)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.fixture
+def told() -> errors.EngineUnavailable:
+    """Return an error whose detail is for the operator."""
+    return errors.EngineUnavailable(graph="encoder", detail="actor 17 on 10.0.0.1 died")
+
+
+async def test_what_an_operator_must_see_is_logged_and_not_sent(
+    held: GatewayServer, engine: PuppetEngine, told: errors.EngineUnavailable, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The cause of a lost replica is in the log with method and client, and in no trailer."""
+    engine.error = told
+    async with wire(held.port) as channel:
+        error = await failure(channel, "Sample", pb.SampleRequest(num_samples=1))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert "10.0.0.1" not in f"{error.details()} {error.trailing_metadata()}"
+    (record,) = [record for record in caplog.records if record.message == "call failed"]
+    assert (record.levelno, vars(record)["detail"]) == (logging.WARNING, told.detail)
+    assert vars(record)["method"] == "Sample"
+    assert vars(record)["client"]
+
+
+def test_strangers_cannot_fill_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many lines in a second the first are written; the next second's first says how many were left out."""
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    sparingly = Sparingly(lines_per_s=3)
+    assert [sparingly.allow() for _ in range(10)] == [0, 0, 0] + [None] * 7
+    now = 101.0
+    assert [sparingly.allow() for _ in range(4)] == [7, 0, 0, None]
+    now = 1e9
+    assert sparingly.allow() == 1
+
+
+@pytest.mark.parametrize("method", ["Sample", "SampleStream"])
+async def test_an_error_that_the_catalogue_does_not_know_is_hidden(
+    held: GatewayServer, engine: PuppetEngine, method: str
+) -> None:
+    """A class of ours that was forgotten, or that belongs to the start, is INTERNAL, and its text stays here."""
+
+    class Forgotten(errors.QueueFull):
+        """A subclass of a known error is not that error."""
+
+    for error in (
+        Forgotten(retry_after_s=1.0, what="/secret/path"),
+        errors.PortTaken(address="/secret/path"),
+        grpc.aio.UsageError("/secret/path"),
+        TimeoutError("/secret/path"),
+        MemoryError("/secret/path"),
+    ):
+        engine.error = error
+        async with wire(held.port) as channel:
+            requests: dict[str, Any] = {
+                "Sample": pb.SampleRequest(num_samples=1),
+                "SampleStream": pb.SampleStreamRequest(num_samples=1),
+            }
+            ended = await failure(channel, method, requests[method])
+        assert (type(error), ended.code()) == (type(error), grpc.StatusCode.INTERNAL)
+        assert "secret" not in f"{ended.details()} {ended.trailing_metadata()}"
+
+
+@pytest.mark.parametrize("limit", ["max_calls=4", "rate_limit={calls_per_s: 2, burst_s: 2}"])
+async def test_too_many_calls_are_shed_with_a_delay(
+    bundle_dir: Path, small: Bundle, engine: PuppetEngine, limit: str
+) -> None:
+    """Calls above a bound or a rate are RESOURCE_EXHAUSTED; after the time that is stated they pass."""
+    engine.is_open.clear()
+    config = settings(bundle_dir, f"gateway.admission.{limit}")
+    async with serving_with(engine, small.manifest, config) as server, wire(server.port) as channel:
+        request = pb.SampleRequest(num_samples=1)
+        held = [asyncio.ensure_future(call(channel, "Sample", request)) for _ in range(4)]
+        await eventually(lambda: server.operations.decoder.num_rows == 4)
+        error = await failure(channel, "Sample", request)
+        found = trailers(error)
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert found["vae-error-reason"] == ("QUEUE_FULL" if limit.startswith("max") else "RATE_LIMITED")
+        delay_ms = int(found["grpc-retry-pushback-ms"])
+        assert 50 <= delay_ms <= 5000
+        engine.is_open.set()
+        await asyncio.gather(*held)
+        if limit.startswith("rate"):
+            await asyncio.sleep(delay_ms / 1000)
+        await call(channel, "Sample", request)
 
 
 async def test_the_retry_policy_reaches_a_service_that_recovers(bundle_dir: Path, small: Bundle) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -705,7 +705,51 @@ async def test_a_ticket_counts_the_rows_of_both_graphs(make: Held) -> None:
     operations = make(charge=lambda client, num_rows: charged.append((client, num_rows)))
     await operations.score(np.zeros((5, 1, 4, 4), np.uint8), num_latents=3, seed=1, ticket=ticket)
     assert (ticket.num_rows, ticket.run_share) == (20, 2.0)
-    assert charged == [("", 5), ("", 15)]
+    assert charged == [("", 20)]
+
+
+async def test_a_call_is_charged_once_for_all_of_its_rows(make: Held, engine: PuppetEngine) -> None:
+    """At any rate each call passes with a full bucket: what its end needs is not spent by its beginning."""
+    data, latents = np.zeros((6, 1, 4, 4), np.uint8), np.zeros((6, 2), np.float32)
+    charged: list[int] = []
+
+    def charge(_client: str, num_rows: int) -> None:
+        charged.append(num_rows)
+        if len(charged) > 1:
+            raise errors.RateLimited(retry_after_s=1.0, limit="10 rows per second")
+
+    calls: list[tuple[Callable[[Operations, Ticket], Awaitable[object]], int]] = [
+        (lambda made, ticket: made.encode(data, ticket=ticket), 6),
+        (lambda made, ticket: made.decode(latents, ticket=ticket), 6),
+        (lambda made, ticket: made.sample(6, seed=1, ticket=ticket), 6),
+        (lambda made, ticket: made.sample_rows(np.arange(6, dtype=np.uint64), seed=1, ticket=ticket), 6),
+        (lambda made, ticket: made.reconstruct(data, ticket=ticket), 12),
+        (lambda made, ticket: made.score(data, num_latents=3, seed=1, ticket=ticket), 24),
+        (
+            lambda made, ticket: made.interpolate(
+                latents, latents, 5, kind="latents", path="linear", ticket=ticket
+            ),
+            30,
+        ),
+        (lambda made, ticket: made.interpolate(data, data, 5, kind="data", path="linear", ticket=ticket), 42),
+    ]
+    for run, expected in calls:
+        charged.clear()
+        before, ticket = engine.num_encoded + engine.num_decoded, Ticket(FOREVER)
+        await run(make(charge=charge), ticket)
+        assert charged == [expected]
+        assert ticket.num_rows == engine.num_encoded + engine.num_decoded - before == expected
+
+
+async def test_a_call_that_is_refused_by_its_rate_runs_nothing(make: Held, engine: PuppetEngine) -> None:
+    """Who calls too fast hears so before any row of the call is run."""
+
+    def charge(_client: str, _num_rows: int) -> None:
+        raise errors.RateLimited(retry_after_s=1.0, limit="10 rows per second")
+
+    with pytest.raises(errors.RateLimited, match="10 rows per second"):
+        await make(charge=charge).score(np.zeros((5, 1, 4, 4), np.uint8), seed=1, ticket=Ticket(FOREVER))
+    assert (engine.num_encoded, engine.num_decoded) == (0, 0)
 
 
 async def test_rows_of_any_numbers_are_those_of_the_sequence(operations: Operations, seed: int) -> None:

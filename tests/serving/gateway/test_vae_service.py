@@ -1,5 +1,7 @@
 """Each method of the typed API over the wire: right answers against an oracle, and each way to be wrong."""
 
+import asyncio
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,8 +15,21 @@ from serving import noise
 from serving.bundle import Bundle
 from serving.client import AsyncVaeClient
 from serving.gateway.server import GatewayServer
+from serving.standalone import in_process
 from serving.tensors import from_message, to_message
-from tests.serving.harness import Oracle, call, failure, trailers, wire
+from tests.bundles import small_bundle
+from tests.serving.harness import (
+    Oracle,
+    PuppetEngine,
+    call,
+    eventually,
+    failure,
+    sample_stream,
+    serving_with,
+    settings,
+    trailers,
+    wire,
+)
 
 ANY = frozenset({pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_FLOAT16, pb.DATA_TYPE_UINT8})
 FLOAT16_ROUNDING = 2.0**-11
@@ -261,6 +276,7 @@ def _cases() -> list[tuple[str, Message, str, str]]:
     ]
     cases += [("Reconstruct", pb.ReconstructRequest(data=tensor), reason, field) for tensor, reason, field in data]
     cases += [("Decode", pb.DecodeRequest(latents=tensor), reason, field) for tensor, reason, field in latents]
+    cases += [("Score", pb.ScoreRequest(data=tensor), reason, field) for tensor, reason, field in data]
     ends = pb.Endpoints
     cases += [
         (
@@ -272,6 +288,7 @@ def _cases() -> list[tuple[str, Message, str, str]]:
         for tensor, reason, field in data
         if list(tensor.shape) == [2, 1, 4, 4] or not tensor.dtype
     ]
+    stream = pb.SampleStreamRequest
     for number in (4, 99, -1):
         unknown: Any = number
         cases += [
@@ -289,6 +306,9 @@ def _cases() -> list[tuple[str, Message, str, str]]:
             ("Sample", pb.SampleRequest(num_samples=1, observation=unknown), "OUT_OF_RANGE", "observation"),
             ("Reconstruct", pb.ReconstructRequest(data=GOOD, observation=unknown), "OUT_OF_RANGE", "observation"),
             ("Interpolate", pb.InterpolateRequest(interpolation=unknown), "OUT_OF_RANGE", "interpolation"),
+            ("Score", pb.ScoreRequest(data=GOOD, bound=unknown), "OUT_OF_RANGE", "bound"),
+            ("SampleStream", stream(num_samples=1, output_type=unknown), "UNSUPPORTED_TYPE", "output_type"),
+            ("SampleStream", stream(num_samples=1, observation=unknown), "OUT_OF_RANGE", "observation"),
         ]
     uint8 = pb.DATA_TYPE_UINT8
     both = ends(start=CODES, end=CODES)
@@ -312,6 +332,26 @@ def _cases() -> list[tuple[str, Message, str, str]]:
         ("Sample", pb.SampleRequest(num_samples=1, temperature=float("inf")), "OUT_OF_RANGE", "temperature"),
         ("Sample", pb.SampleRequest(num_samples=1, first_row=2**63 + 1), "OUT_OF_RANGE", "first_row"),
         ("Sample", pb.SampleRequest(num_samples=1, first_row=2**64 - 1), "OUT_OF_RANGE", "first_row"),
+        ("Encode", pb.EncodeRequest(data=GOOD, first_row=2**63 + 1), "OUT_OF_RANGE", "first_row"),
+        ("Decode", pb.DecodeRequest(latents=CODES, first_row=2**63 + 1), "OUT_OF_RANGE", "first_row"),
+        ("Reconstruct", pb.ReconstructRequest(data=GOOD, first_row=2**64 - 1), "OUT_OF_RANGE", "first_row"),
+        ("Score", pb.ScoreRequest(), "MISSING_FIELD", "data"),
+        ("Score", pb.ScoreRequest(data=GOOD, num_latents=65), "OUT_OF_RANGE", "num_latents"),
+        ("Score", pb.ScoreRequest(data=GOOD, num_latents=2**32 - 1), "OUT_OF_RANGE", "num_latents"),
+        ("Score", pb.ScoreRequest(data=GOOD, first_row=2**63 + 1), "OUT_OF_RANGE", "first_row"),
+        (
+            "Score",
+            pb.ScoreRequest(data=to_message(np.zeros((65, 1, 4, 4), np.uint8)), num_latents=64),
+            "TOO_MANY_ROWS",
+            "num_latents",
+        ),
+        ("SampleStream", stream(), "OUT_OF_RANGE", "num_samples"),
+        ("SampleStream", stream(num_samples=10_000_001), "OUT_OF_RANGE", "num_samples"),
+        ("SampleStream", stream(num_samples=2**64 - 1), "OUT_OF_RANGE", "num_samples"),
+        ("SampleStream", stream(num_samples=1, first_row=2**63 + 1), "OUT_OF_RANGE", "first_row"),
+        ("SampleStream", stream(num_samples=1, temperature=float("nan")), "OUT_OF_RANGE", "temperature"),
+        ("SampleStream", stream(num_samples=1, max_chunk_rows=4097), "TOO_MANY_ROWS", "max_chunk_rows"),
+        ("SampleStream", stream(num_samples=1, max_chunk_rows=2**32 - 1), "TOO_MANY_ROWS", "max_chunk_rows"),
         ("Interpolate", pb.InterpolateRequest(num_steps=3), "MISSING_FIELD", "endpoints"),
         ("Interpolate", pb.InterpolateRequest(data=ends(end=GOOD), num_steps=3), "MISSING_FIELD", "data.start"),
         ("Interpolate", pb.InterpolateRequest(data=ends(start=GOOD), num_steps=3), "MISSING_FIELD", "data.end"),
@@ -360,7 +400,7 @@ async def test_each_way_to_be_wrong_has_its_reason_and_field(service: GatewaySer
                 wrong.append((method, str(request)[:80], (reason, field), actual))
         assert len((await call(channel, "Sample", pb.SampleRequest(num_samples=1))).samples.data) == 64
     assert not wrong
-    assert len(cases) > 110
+    assert len(cases) > 150
 
 
 async def test_more_rows_than_one_call_may_have_are_refused(service: GatewayServer) -> None:
@@ -383,13 +423,15 @@ async def test_more_rows_than_one_call_may_have_are_refused(service: GatewayServ
         ("Sample", pb.SampleRequest(num_samples=1)),
         ("Reconstruct", pb.ReconstructRequest(data=GOOD)),
         ("Interpolate", pb.InterpolateRequest(latents=pb.Endpoints(start=CODES, end=CODES), num_steps=2)),
+        ("Score", pb.ScoreRequest(data=GOOD)),
+        ("SampleStream", pb.SampleStreamRequest(num_samples=1)),
     ],
 )
 @pytest.mark.parametrize("version", ["latest", "0" * 12, "x" * 10_000, "\N{SNOWMAN}" * 1000])
 async def test_a_version_that_is_not_loaded_is_not_found(
     service: GatewayServer,
     method: str,
-    request_: Any,  # noqa: ANN401 - five kinds of requests
+    request_: Any,  # noqa: ANN401 - seven kinds of requests
     version: str,
 ) -> None:
     """A caller who needs another model is told which one is loaded."""
@@ -403,3 +445,157 @@ async def test_a_version_that_is_not_loaded_is_not_found(
     assert trailers(error)["vae-error-reason"] == "UNKNOWN_MODEL_VERSION"
     assert loaded in str(error.details())
     assert len(str(error.details())) < 200
+
+
+async def test_splitting_a_call_changes_no_draw(
+    service: GatewayServer, pixels: NDArray[np.uint8], seed: int
+) -> None:
+    """With the number of its first row, a part of a call draws what the whole call draws for it."""
+    async with wire(service.port) as channel:
+
+        async def answers(start: int, stop: int) -> list[bytes]:
+            part = to_message(pixels[start:stop])
+            common: dict[str, Any] = {"seed": seed, "first_row": 100 + start}
+            encoded = await call(channel, "Encode", pb.EncodeRequest(data=part, num_latents=3, **common))
+            observed = [
+                await call(
+                    channel,
+                    "Reconstruct",
+                    pb.ReconstructRequest(data=part, observation=pb.OBSERVATION_SAMPLE, **common),
+                ),
+                await call(
+                    channel,
+                    "Decode",
+                    pb.DecodeRequest(latents=encoded.mean, observation=pb.OBSERVATION_SAMPLE, **common),
+                ),
+            ]
+            scored = await call(channel, "Score", pb.ScoreRequest(data=part, num_latents=3, **common))
+            return [
+                encoded.latents.data,
+                *(answer.reconstruction.data for answer in observed),
+                scored.score.data,
+            ]
+
+        whole = await answers(0, 6)
+        parts = [await answers(start, stop) for start, stop in ((0, 1), (1, 4), (4, 6))]
+    assert whole == [b"".join(pieces) for pieces in zip(*parts, strict=True)]
+
+
+async def test_scores_belong_to_the_latents_that_encode_draws(
+    service: GatewayServer, oracle: Oracle, pixels: NDArray[np.uint8], seed: int
+) -> None:
+    """A caller can recompute the likelihood from Encode's own draws with the same seed."""
+    data = to_message(pixels)
+    async with wire(service.port) as channel:
+        encoded = await call(channel, "Encode", pb.EncodeRequest(data=data, num_latents=4, seed=seed, first_row=9))
+        scored = await call(channel, "Score", pb.ScoreRequest(data=data, num_latents=4, seed=seed, first_row=9))
+    logits = oracle.decode(_array(encoded.latents).reshape(-1, 2), "logits").reshape(6, 4, -1).astype(np.float64)
+    unit = pixels.reshape(6, 1, -1) / 255.0
+    expected = (unit * logits - np.logaddexp(0, logits)).sum(axis=2).mean(axis=1)
+    np.testing.assert_allclose(_array(scored.log_likelihood), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        _array(scored.score), _array(scored.log_likelihood) - _array(scored.kl), rtol=1e-6, atol=1e-5
+    )
+    assert scored.seed == seed
+
+
+async def test_a_score_has_defaults(service: GatewayServer, small: Bundle, pixels: NDArray[np.uint8]) -> None:
+    """Without more, one latent and the ELBO; the seed is chosen and named, so that it can be repeated."""
+    data = to_message(pixels)
+    async with wire(service.port) as channel:
+        chosen = [await call(channel, "Score", pb.ScoreRequest(data=data)) for _ in range(2)]
+        again = await call(
+            channel, "Score", pb.ScoreRequest(data=data, seed=chosen[0].seed, num_latents=1, bound=pb.BOUND_ELBO)
+        )
+        zero = await call(channel, "Score", pb.ScoreRequest(data=data, seed=0))
+    assert chosen[0].seed != chosen[1].seed
+    assert chosen[0].score.data != chosen[1].score.data
+    assert chosen[0].score.data == again.score.data
+    assert zero.seed == 0
+    for tensor in (zero.score, zero.log_likelihood, zero.kl):
+        assert (list(tensor.shape), tensor.dtype) == ([6], pb.DATA_TYPE_FLOAT32)
+    assert zero.model_version == small.manifest.version
+
+
+@pytest.mark.parametrize("first_row", [0, 2**32 - 5, 2**63])
+@pytest.mark.parametrize("output_type", [pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_UINT8])
+async def test_a_stream_has_the_bytes_of_sample(
+    service: GatewayServer,
+    small: Bundle,
+    seed: int,
+    first_row: int,
+    output_type: Any,  # noqa: ANN401 - an enum
+) -> None:
+    """In any chunking, SampleStream sends the samples, latents, seed and version of Sample."""
+    asked: dict[str, Any] = {
+        "num_samples": 50,
+        "seed": seed,
+        "first_row": first_row,
+        "temperature": 0.5,
+        "observation": pb.OBSERVATION_SAMPLE,
+        "output_type": output_type,
+        "include_latents": True,
+    }
+    async with wire(service.port) as channel:
+        whole = await call(channel, "Sample", pb.SampleRequest(**asked))
+        for size in (0, 1, 7, 50, 4096):
+            stream = sample_stream(channel, pb.SampleStreamRequest(**asked, max_chunk_rows=size))
+            chunks = [chunk async for chunk in stream]
+            assert b"".join(chunk.samples.data for chunk in chunks) == whole.samples.data
+            assert b"".join(chunk.latents.data for chunk in chunks) == whole.latents.data
+            starts = [chunk.first_row for chunk in chunks]
+            assert starts == list(range(first_row, first_row + 50, size or 4096))
+            assert {(chunk.seed, chunk.model_version) for chunk in chunks} == {(seed, small.manifest.version)}
+
+
+async def test_a_stream_without_a_seed_names_its_own(service: GatewayServer) -> None:
+    """All chunks of a stream come from one seed, another one in each stream; with it the stream is repeated."""
+    async with wire(service.port) as channel:
+
+        async def read(**asked: Any) -> list[Any]:  # noqa: ANN401 - fields of a request
+            request = pb.SampleStreamRequest(num_samples=20, max_chunk_rows=5, **asked)
+            return [chunk async for chunk in sample_stream(channel, request)]
+
+        first, second = await read(), await read()
+        seeds = {chunk.seed for chunk in first}
+        assert len(seeds) == 1
+        assert seeds != {chunk.seed for chunk in second}
+        again = await read(seed=seeds.pop())
+    assert [chunk.samples.data for chunk in again] == [chunk.samples.data for chunk in first]
+    assert not first[0].HasField("latents")
+
+
+async def test_a_stream_that_finds_the_queue_full_is_shed(bundle_dir: Path, small: Bundle) -> None:
+    """Before its first chunk a stream is refused like a call: RESOURCE_EXHAUSTED, with a delay."""
+    engine = PuppetEngine(small.manifest)
+    engine.is_open.clear()
+    config = settings(bundle_dir, "batching.max_queue_rows=10")
+    async with serving_with(engine, small.manifest, config) as server, wire(server.port) as channel:
+        held = asyncio.ensure_future(call(channel, "Sample", pb.SampleRequest(num_samples=10)))
+        await eventually(lambda: server.operations.decoder.num_rows == 10)
+        error = await failure(channel, "SampleStream", pb.SampleStreamRequest(num_samples=1))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert trailers(error)["vae-error-reason"] == "QUEUE_FULL"
+        assert int(trailers(error)["grpc-retry-pushback-ms"]) >= 50
+        engine.is_open.set()
+        await held
+
+
+async def test_others_are_answered_while_the_largest_calls_are_computed(tmp_path: Path) -> None:
+    """Scores and observations of as many rows as allowed leave the event loop to others."""
+    folder = small_bundle(tmp_path / "wide", data_shape=(1, 28, 28))
+    data = to_message(np.zeros((64, 1, 28, 28), np.uint8))
+    heavy = [
+        ("Score", pb.ScoreRequest(data=data, num_latents=64, seed=1)),
+        ("Sample", pb.SampleRequest(num_samples=4096, observation=pb.OBSERVATION_SAMPLE, seed=1)),
+    ]
+    async with in_process(settings(folder)) as server, wire(server.port) as channel:
+        await call(channel, "GetModel", pb.GetModelRequest())
+        for method, request in heavy:
+            pending = asyncio.ensure_future(call(channel, method, request))
+            num_answers = 0
+            while not pending.done():
+                await call(channel, "GetModel", pb.GetModelRequest())
+                num_answers += 1
+            await pending
+            assert num_answers > 2
