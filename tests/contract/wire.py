@@ -12,6 +12,7 @@ import h2.config
 import h2.connection
 import h2.errors
 import h2.events
+import h2.exceptions
 
 Headers = list[tuple[str, str]]
 
@@ -145,7 +146,12 @@ class RawClient:
         if not data:
             self.is_closed = True
             return False
-        for event in self.connection.receive_data(data):
+        try:
+            events = self.connection.receive_data(data)
+        except h2.exceptions.ProtocolError:  # a ping after the server's goodbye, for which h2 is too strict
+            self.is_closed = True
+            return False
+        for event in events:
             if isinstance(event, h2.events.DataReceived):
                 self.connection.acknowledge_received_data(event.flow_controlled_length or 0, event.stream_id or 0)
             if isinstance(event, h2.events.ConnectionTerminated):
