@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +97,12 @@ async def serving_with(
 
 
 @contextlib.asynccontextmanager
-async def wire(port: int, *, config: str = "{}") -> AsyncIterator[grpc.aio.Channel]:
+async def wire(
+    port: int, *, config: str = "{}", extra: Sequence[tuple[str, Any]] = ()
+) -> AsyncIterator[grpc.aio.Channel]:
     """Return a channel without the client's retries and limits."""
     options = [
+        *extra,
         ("grpc.service_config", config),
         ("grpc.enable_retries", 0),
         ("grpc.max_receive_message_length", -1),
