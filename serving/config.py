@@ -222,7 +222,8 @@ class AuthConfig(Config):
     """Who may call what. Without grants, whoever has credentials may call every method."""
 
     health: Literal["open", "authenticated"] = "open"
-    """Who may ask grpc.health.v1. Probes have no credentials."""
+    """Who may ask grpc.health.v1. Probes have no credentials, and neither has the health check of gRPC's own
+    channels: with `authenticated`, clients that watch it and have keys or tokens would wait for ever."""
 
     reflection: Literal["disabled", "authenticated", "open"] = "authenticated"
     """Who may read the API by reflection. `authenticated` is everybody where nobody needs credentials."""
