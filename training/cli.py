@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import typer
 
-from training import checkpoint, console, pictures, presets
+from training import checkpoint, console, own_data, pictures, presets
 from training import data as datasets
 from training.checkpoint import Checkpoint, RunFolder, averaged_model, write_atomically
 from training.config import DataConfig, TrainingConfig
@@ -84,6 +84,17 @@ def fit_command(
     ] = None,
     data_dir: DataDirOption = None,
     device: DeviceOption = "auto",
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="Your own data in place of the preset's: a folder of images, or a .npy, .npz or IDX file.",
+            show_default=False,
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side to bring the images of a folder to, pixels.", show_default=False)
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Short for --set optimizer.epochs.")] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set seed.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Short for --set optimizer.batch_size.")] = None,
@@ -118,11 +129,16 @@ def fit_command(
     }
     given = [f"{key}={value}" for key, value in shorthands.items() if value is not None]
     config = config.override([*(assignments or []), *given])
+    if images is not None:
+        own = {"name": datasets.OWN, "path": str(images.absolute()), "image_size": image_size}
+        config = config.merge({"data": own})
     run = RunFolder(output_dir or RUNS / config.name)
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = choose_device(device)
     dataset = _load(config.data, data_dir)  # first: nothing is removed for a run that cannot begin
+    if config.data.name == datasets.OWN:
+        config = config.merge({"data": {"data_shape": dataset.data_shape}})
     start = _starting_point(config, run, resume)
     write_atomically(run.config, config.to_json().encode())
     write_atomically(run.environment, environment_json(seed=config.seed, device=chosen).encode())
@@ -200,7 +216,7 @@ def sample_command(
 ) -> None:
     """Draw a grid of samples from the prior: decoded means of the best checkpoint's averaged weights."""
     best = checkpoint.load(RunFolder(run).best)
-    shape = datasets.source(best.config.data.name).data_shape
+    shape = datasets.described(best.config.data).data_shape
     vae = averaged_model(best, shape, torch.device("cpu"))
     images = pictures.prior_samples(vae, num, seed=seed, temperature=temperature)
     write_atomically(out, pictures.png(images))
@@ -209,7 +225,10 @@ def sample_command(
 
 @app.command("data")
 def data_command(
-    name: Annotated[str | None, typer.Argument(help="Data set; none: list them.", show_default=False)] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Data set, or the path of your own; none: list them.", show_default=False),
+    ] = None,
     *,
     data_dir: DataDirOption = None,
     split: Annotated[SplitName, typer.Option(help="Which rows to write.")] = "test",
@@ -218,14 +237,18 @@ def data_command(
         typer.Option(help="Write uint8 rows (n, *data_shape) to this .npy file.", show_default=False),
     ] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Write only the first rows.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side to bring the images of a folder to, pixels.", show_default=False)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the data sets, or fetch and verify one, and write rows of it for other programs."""
     if name is None:
         _show_sources(as_json=as_json)
         return
-    known = datasets.source(name)
-    dataset = _load(DataConfig.parse({"name": name}), data_dir)
+    config = _data_config(name, image_size)
+    dataset = _load(config, data_dir)
+    known = datasets.described(config)
     if out is not None:
         buffer = io.BytesIO()
         np.save(buffer, dataset.rows(split)[:max_rows])
@@ -237,6 +260,7 @@ def data_command(
         "num_rows": {split_name: len(dataset.rows(split_name)) for split_name in datasets.SPLITS},
         "split": dataset.split,
         "sha256": {file.name: file.sha256 for file in known.files} or {"data": dataset.sha256},
+        **_found(config),
         "licence": known.licence,
         "out": None if out is None else str(out),
     }
@@ -246,6 +270,23 @@ def data_command(
     console.show_table(
         known.title, ["fact", "value"], [[key, _plain(value)] for key, value in content.items() if value]
     )
+
+
+def _data_config(name: str, image_size: int | None) -> DataConfig:
+    """Return the configuration of a published data set, or of the user's own by its path."""
+    if name in datasets.SOURCES or not Path(name).exists():
+        datasets.source(name)
+        return DataConfig.parse({"name": name})
+    own = {"name": datasets.OWN, "path": str(Path(name).absolute()), "image_size": image_size}
+    return DataConfig.parse(own)
+
+
+def _found(config: DataConfig) -> dict[str, str]:
+    """Return what was inferred of the user's own data."""
+    if config.name != datasets.OWN:
+        return {}
+    images = own_data.read(Path(config.path), image_size=config.image_size)
+    return {"layout": images.layout, "values": images.values}
 
 
 def _starting_point(config: TrainingConfig, run: RunFolder, resume: str) -> Checkpoint | None:

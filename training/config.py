@@ -12,20 +12,35 @@ from pydantic import Field, model_validator
 
 from serving.typed_config import Config
 
-DatasetName = Literal["digits", "mnist", "fashion-mnist"]
+DatasetName = Literal["digits", "mnist", "fashion-mnist", "own"]
 
 
 class DataConfig(Config):
     """Which images, and how they are divided."""
 
     name: DatasetName = "digits"
-    """Data set; `vae-train data` lists them."""
+    """Data set; `vae-train data` lists them. `own` is what lies at `path`."""
+
+    path: str = ""
+    """The user's own data: a folder of images, or a .npy, .npz or IDX file."""
+
+    image_size: int | None = Field(default=None, ge=1, le=4096)
+    """Side to which the images of a folder are scaled and cropped, pixels; null: they all have one size."""
+
+    data_shape: tuple[int, ...] = ()
+    """Shape of one row of own data, as it was found when the run began."""
 
     split_seed: int = Field(default=0, ge=0, lt=2**64)
-    """Seed of the split into training, validation and test, where no official split exists (digits)."""
+    """Seed of the split into training, validation and test, where no official split exists."""
 
     max_train_rows: int | None = Field(default=None, ge=1)
     """Use only the first rows of the training split; null: all. For smoke runs."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.name == "own") != bool(self.path):
+            raise ValueError("own data need name=own and a path, and nothing else has a path")
+        return self
 
 
 class ModelConfig(Config):

@@ -6,7 +6,6 @@ one, since mirrors and copies compress differently.
 
 import hashlib
 import os
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
@@ -17,12 +16,18 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from training import own_data
 from training.config import DataConfig
 from training.download import Progress, RemoteFile, fetch, unpack
-from training.errors import DataCorrupt, DataMissing, UnknownName
+from training.errors import DataCorrupt, UnknownName
+from training.idx import parse_images
 from training.noise import Stream, uniform
+from training.own_data import OwnImages
 
 SplitName = Literal["train", "validation", "test"]
+OWN: Final = "own"
+"""Name of the user's own data in a configuration."""
+
 SPLITS: Final[tuple[SplitName, ...]] = ("train", "validation", "test")
 
 Pixels = NDArray[np.uint8]
@@ -32,9 +37,8 @@ MAX_PIXEL: Final = 255
 _DIGITS_SHA256: Final = "8f26b2bd9d135c256808f68f14fdabddde6d9c7f869ae419704b051f0f14b3b3"
 _DIGITS_HELD_OUT: Final = 250
 _DIGITS_LEVELS: Final = 16
+_OWN_HELD_OUT: Final = 0.1
 _IDX_VALIDATION: Final = 10_000
-_IDX_IMAGES_MAGIC: Final = 0x00000803
-_IDX_HEADER: Final = struct.Struct(">4I")
 
 
 class Source(NamedTuple):
@@ -121,7 +125,7 @@ class Dataset(NamedTuple):
 
 
 def source(name: str) -> Source:
-    """Return where a data set comes from.
+    """Return where a published data set comes from.
 
     Raises:
         UnknownName: If there is none of that name.
@@ -129,6 +133,16 @@ def source(name: str) -> Source:
     if name not in SOURCES:
         raise UnknownName("data set", name, known=tuple(SOURCES))
     return SOURCES[name]
+
+
+def described(config: DataConfig) -> Source:
+    """Return where the data of a configuration come from; of the user's own only what the configuration says."""
+    if config.name != OWN:
+        return source(config.name)
+    title = f"own data: {Path(config.path).name}"
+    return Source(
+        title=title, data_shape=config.data_shape, num_rows=(0, 0, 0), licence="whatever their owner says"
+    )
 
 
 def load(
@@ -151,9 +165,11 @@ def load(
     Raises:
         DataCorrupt: If a file is not the official one.
         DownloadFailed: If a file is absent and no mirror gives it.
-        DataMissing: If a file is absent and its folder cannot be written.
+        DataMissing: If a file is absent and its folder cannot be written, or own data are not fit.
     """
-    if config.name == "digits":
+    if config.name == OWN:
+        loaded = split_own(own_data.read(Path(config.path), image_size=config.image_size), config)
+    elif config.name == "digits":
         loaded = _load_digits(config.split_seed)
     else:
         loaded = _load_idx(config.name, data_dir or cache_folder(), mirrors, progress)
@@ -198,41 +214,36 @@ def binarise_rows(pixels: Pixels, *, seed: int, first_row: int = 0) -> Tensor:
     return torch.from_numpy((unit * np.float32(MAX_PIXEL) < flat).astype(np.float32)).view(pixels.shape)
 
 
-def parse_images(content: bytes, *, file: str) -> Pixels:
-    """Return the images of an IDX file, shape (n, 1, rows, columns).
-
-    Raises:
-        DataMissing: If the content is not an IDX file of images, or is cut short; names the problem.
-    """
-    if len(content) < _IDX_HEADER.size:
-        raise DataMissing(file=file, problem=f"{len(content)} bytes are too few for an IDX header")
-    magic, num_rows, height, width = _IDX_HEADER.unpack_from(content)
-    if magic != _IDX_IMAGES_MAGIC:
-        raise DataMissing(file=file, problem=f"magic number {magic:#010x}, images have {_IDX_IMAGES_MAGIC:#010x}")
-    expected = _IDX_HEADER.size + num_rows * height * width
-    if len(content) != expected:
-        raise DataMissing(file=file, problem=f"{len(content)} bytes, its header announces {expected}")
-    pixels = np.frombuffer(content, np.uint8, offset=_IDX_HEADER.size)
-    return pixels.reshape(num_rows, 1, height, width)
-
-
 def _load_digits(split_seed: int) -> Dataset:
     values = load_digits().data.astype(np.uint8)
     actual = hashlib.sha256(values.tobytes()).hexdigest()
     if actual != _DIGITS_SHA256:
         raise DataCorrupt(file="scikit-learn digits", expected=_DIGITS_SHA256, actual=actual)
     pixels = np.rint(values * (MAX_PIXEL / _DIGITS_LEVELS)).astype(np.uint8).reshape(-1, 1, 8, 8)
+    return _split("digits", pixels, actual, split_seed, num_held_out=_DIGITS_HELD_OUT)
+
+
+def split_own(images: OwnImages, config: DataConfig) -> Dataset:
+    """Return the user's own rows as a data set: a tenth to validate on, a tenth to test on."""
+    pixels = images.pixels
+    actual = hashlib.sha256(pixels.tobytes()).hexdigest()
+    num_held_out = max(1, round(_OWN_HELD_OUT * len(pixels)))
+    return _split(f"own: {Path(config.path).name}", pixels, actual, config.split_seed, num_held_out=num_held_out)
+
+
+def _split(name: str, pixels: Pixels, sha256: str, split_seed: int, *, num_held_out: int) -> Dataset:
+    """Shuffle rows by a seed and hold out as many for validation as for the test."""
     # Not the stream of binarisation: the place of a row must say nothing about its pixels.
     keys = uniform(split_seed, len(pixels), 1, stream=Stream.PRIOR)[:, 0].numpy()
     order = np.argsort(keys, kind="stable")
     shuffled = pixels[order]
-    first, second = len(pixels) - 2 * _DIGITS_HELD_OUT, len(pixels) - _DIGITS_HELD_OUT
+    first, second = len(pixels) - 2 * num_held_out, len(pixels) - num_held_out
     return Dataset(
-        name="digits",
+        name=name,
         train=shuffled[:first],
         validation=shuffled[first:second],
         test=shuffled[second:],
-        sha256=actual,
+        sha256=sha256,
         split=f"shuffled by seed {split_seed}; first {first} train, then {second - first} validation, "
         f"last {len(pixels) - second} test",
     )

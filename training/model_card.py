@@ -5,7 +5,7 @@ import shlex
 from serving.bundle import Manifest
 from training import presets
 from training.config import TrainingConfig
-from training.data import source
+from training.data import described
 from training.evaluate import Estimate, Evaluation
 
 _TEMPLATE = """\
@@ -84,7 +84,7 @@ Over gRPC: `vae-serve up --bundle FOLDER`.
 def model_card(manifest: Manifest, config: TrainingConfig, evaluation: Evaluation, *, picture_seed: int) -> str:
     """Return the card as Markdown."""
     model, optimizer = config.model, config.optimizer
-    known = source(config.data.name)
+    known = described(config.data)
     return _TEMPLATE.format(
         name=manifest.name,
         version=manifest.version,

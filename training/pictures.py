@@ -52,20 +52,30 @@ def png(images: Tensor, *, num_columns: int | None = None) -> bytes:
     """Return a grid of images, row by row, as a PNG file; equal images give equal bytes.
 
     Args:
-        images: In [0, 1], shape (n, 1, height, width).
+        images: In [0, 1], shape (n, channels, height, width) with 1 or 3 channels; or rows of values, (n, values),
+            each drawn as a line.
         num_columns: Images in a row; default: a square.
     """
-    pixels: NDArray[np.uint8] = (images[:, 0] * MAX_PIXEL).round().to(torch.uint8).numpy()
-    factor = -(-_MIN_SIDE // pixels.shape[1])
+    pixels = _pixels(images)
+    factor = -(-_MIN_SIDE // max(pixels.shape[1:3]))
     pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
-    num_images, height, width = pixels.shape
+    num_images, height, width, num_channels = pixels.shape
     columns = min(num_columns or math.ceil(math.sqrt(num_images)), num_images)
     lines = -(-num_images // columns)
-    paper = np.full((lines * (height + _GAP) + _GAP, columns * (width + _GAP) + _GAP), _PAPER, np.uint8)
+    size = lines * (height + _GAP) + _GAP, columns * (width + _GAP) + _GAP
+    paper = np.full((*size, num_channels), _PAPER, np.uint8)
     for number, image in enumerate(pixels):
         line, column = divmod(number, columns)
         top, left = _GAP + line * (height + _GAP), _GAP + column * (width + _GAP)
         paper[top : top + height, left : left + width] = image
     buffer = io.BytesIO()
-    Image.fromarray(paper).save(buffer, format="PNG", optimize=False)
+    Image.fromarray(paper[..., 0] if num_channels == 1 else paper).save(buffer, format="PNG", optimize=False)
     return buffer.getvalue()
+
+
+def _pixels(images: Tensor) -> NDArray[np.uint8]:
+    """Return images as bytes, channels last."""
+    if images.ndim == 2:  # noqa: PLR2004 - rows and values
+        images = images[:, None, None]
+    scaled: NDArray[np.uint8] = (images * MAX_PIXEL).round().to(torch.uint8).numpy()
+    return np.moveaxis(scaled, 1, 3)

@@ -8,14 +8,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from serving.client import DeadlineExceeded, Unauthenticated, Unavailable, VaeClient
 from tests.bundles import small_bundle
 from tests.certificates import Authority, ServerFiles
 from tests.end_to_end.conftest import command
-from tests.end_to_end.service import launched, wait_until
+from tests.end_to_end.service import launched, running, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -100,6 +102,27 @@ def test_mutual_tls_is_spoken_by_a_gateway_on_ray(bundle: Path, tmp_path: Path) 
         with VaeClient(service.target, timeout_s=1) as plain, pytest.raises((Unavailable, DeadlineExceeded)):
             plain.sample(1)
         assert service.stop() == 0
+
+
+def test_own_colour_images_are_served(tmp_path: Path) -> None:
+    """From a folder of pictures to samples of the same shape, drawn in colour by the command line."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (30, 9, 7, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(pictures / f"{index}.png")
+    run, exported = tmp_path / "run", tmp_path / "bundle"
+    own = ("--data", str(pictures), "--image-size", "8", "--batch-size", "8")
+    assert command("training", "fit", "smoke", *own, "--output-dir", str(run)).returncode == 0
+    assert command("training", "export", str(run), str(exported)).returncode == 0
+    drawn = tmp_path / "samples.png"
+    with running(exported, "--engine", "in-process") as service:
+        done = command("serving", "sample", "--num", "4", "--out", str(drawn), "--target", service.target)
+        assert done.returncode == 0, done.stderr
+        with VaeClient(service.target) as client:
+            assert client.sample(2, seed=1).samples.shape == (2, 3, 8, 8)
+        assert service.stop() == 0
+    with Image.open(drawn) as picture:
+        assert picture.mode == "RGB"
 
 
 def our_ray_processes() -> set[int]:

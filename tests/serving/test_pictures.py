@@ -42,6 +42,17 @@ def test_floats_and_bytes_give_the_same_picture(tmp_path: Path, dtype: type[np.f
     assert set(np.unique(_read(tmp_path / "c.png"))) == {0, 255}
 
 
+def test_colour_is_kept(tmp_path: Path) -> None:
+    """Three channels are red, green and blue; grey rows beside them stay grey."""
+    red = np.zeros((1, 3, 60, 60), np.float32)
+    red[:, 0] = 1
+    pictures.save_grid(tmp_path / "grid.png", [("", red), ("", np.full((1, 60, 60), 7, np.uint8))])
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.mode == "RGB"
+        assert picture.getpixel((10, 10)) == (255, 0, 0)
+        assert picture.getpixel((10, 74)) == (7, 7, 7)
+
+
 def test_rows_stand_below_each_other_under_their_labels(tmp_path: Path) -> None:
     """A label takes eighteen pixels and has ink; the widest row sets the width."""
     black = np.zeros((2, 56, 56), np.uint8)
@@ -59,12 +70,13 @@ def test_rows_stand_below_each_other_under_their_labels(tmp_path: Path) -> None:
     [
         ((8, 8), True),
         ((1, 28, 28), True),
-        ((3, 28, 28), False),
+        ((3, 28, 28), True),
+        ((2, 28, 28), False),
         ((16,), False),
         ((1, 1, 8, 8), False),
         ((), False),
     ],
 )
-def test_only_grey_images_can_be_drawn(shape: tuple[int, ...], expected: bool) -> None:  # noqa: FBT001 - a table
-    """Rows of (height, width) or (1, height, width) are images, others are not."""
+def test_grey_and_colour_images_can_be_drawn(shape: tuple[int, ...], expected: bool) -> None:  # noqa: FBT001 - a table
+    """Rows of (height, width) or of 1 or 3 such channels are images, others are not."""
     assert pictures.are_images(shape) is expected

@@ -76,6 +76,40 @@ def test_export_evaluates_first_if_nobody_did(smoke_run: SmokeRun, tmp_path: Pat
     assert (tmp_path / "evaluation.json").exists()
 
 
+@pytest.mark.parametrize("shape", [(40, 6, 5, 3), (40, 6, 5), (40, 30)], ids=["colour", "grey", "values"])
+def test_own_data_go_the_whole_way(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Inferred and shown, fitted, measured, exported and drawn, whatever their shape."""
+    file = tmp_path / "my.npy"
+    np.save(file, np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    run, row = tmp_path / "run", [30] if len(shape) == 2 else [shape[3] if len(shape) == 4 else 1, 6, 5]
+    shown = _json("data", file)
+    assert (shown["data_shape"], shown["values"]) == (row, "uint8 in [0, 255]")
+    _json("fit", "smoke", "--data", file, "--output-dir", run, "--batch-size", 16)
+    assert json.loads((run / "config.json").read_text())["data"]["data_shape"] == row
+    assert _json("evaluate", run, "--max-images", 4)["num_images"] == 4
+    manifest = _json("export", run, tmp_path / "bundle")
+    assert (manifest["data_shape"], manifest["dataset"]["name"]) == (row, "own: my.npy")
+    assert _invoke("sample", run, "--out", tmp_path / "s.png", "--num", 4).exit_code == 0
+    with Image.open(tmp_path / "s.png") as picture:
+        assert picture.mode == ("RGB" if len(shape) == 4 else "L")
+
+
+def test_own_data_that_changed_do_not_continue_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint remembers the digest of what it was fitted to."""
+    file, run = tmp_path / "my.npy", tmp_path / "run"
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 6, 5), dtype=np.uint8)
+    np.save(file, pixels)
+    _json("fit", "smoke", "--data", file, "--output-dir", run, "--batch-size", 16)
+    np.save(file, pixels[:, :5])
+    code, text = _fails(
+        monkeypatch, capsys, "fit", "smoke", "--data", file, "--output-dir", run, "--batch-size", 16
+    )
+    assert code == 2
+    assert "data.data_shape" in text
+
+
 def test_short_options_are_overrides(tmp_path: Path) -> None:
     """What the run folder records has every option applied, the last word being the option's."""
     words = ["--epochs", 1, "--seed", 9, "--batch-size", 100, "--lr", 0.002, "--set", "model.latent_dim=3"]

@@ -19,7 +19,7 @@ from training.config import TrainingConfig
         ("model.hidden_dims=[]", "model.hidden_dims"),
         ("model.hidden_dims=[0]", "every width must be at least 1"),
         ("model.log_var_min=9", "log_var_min must be below log_var_max"),
-        ("data.name=cifar", "data.name: .*'digits', 'mnist' or 'fashion-mnist'"),
+        ("data.name=cifar", "data.name: .*'digits', 'mnist', 'fashion-mnist' or 'own'"),
         ("seed=-1", "seed: .*greater than or equal to 0"),
         ("name=a/b", "name: .*pattern"),
         ("seed", "write key=value"),

@@ -14,7 +14,7 @@ from training import data
 from training.config import DataConfig
 from training.data import Dataset
 from training.download import RemoteFile
-from training.errors import DataCorrupt, DataMissing, UnknownName
+from training.errors import DataCorrupt, UnknownName
 
 
 def _idx(num_rows: int, height: int = 2, width: int = 3) -> bytes:
@@ -64,29 +64,6 @@ def test_unknown_data_set_is_refused() -> None:
     """The error lists the known ones."""
     with pytest.raises(UnknownName, match="data set 'cifar' does not exist; known: digits, mnist"):
         data.source("cifar")
-
-
-def test_idx_file_becomes_images() -> None:
-    """The header's shape and the order of the bytes are kept."""
-    images = data.parse_images(_idx(4), file="f")
-    assert images.shape == (4, 1, 2, 3)
-    assert images[1, 0, 0].tolist() == [6, 7, 8]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (_idx(4)[:-1], "39 bytes, its header announces 40"),
-        (_idx(4) + b"x", "41 bytes, its header announces 40"),
-        (_idx(4)[:10], "10 bytes are too few for an IDX header"),
-        (b"\0\0\x08\x01" + _idx(4)[4:], "magic number 0x00000801, images have 0x00000803"),
-    ],
-    ids=["cut short", "too long", "no header", "labels"],
-)
-def test_damaged_idx_file_is_refused(content: bytes, message: str) -> None:
-    """The error names the file and what is wrong with it."""
-    with pytest.raises(DataMissing, match=f"some/file: {message}"):
-        data.parse_images(content, file="some/file")
 
 
 @pytest.mark.parametrize("folder", ["", "mnist"], ids=["folder itself", "sub-folder"])
