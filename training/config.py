@@ -44,13 +44,19 @@ class DataConfig(Config):
 
 
 class ModelConfig(Config):
-    """Encoder and decoder: multilayer perceptrons, the decoder mirrors the encoder."""
+    """Encoder and decoder: perceptrons, with convolutions between data and perceptron on request.
+
+    The decoder mirrors the encoder.
+    """
 
     latent_dim: int = Field(default=32, ge=1, le=65_536)
     """Dimensions of the latents."""
 
     hidden_dims: tuple[int, ...] = Field(default=(400,), min_length=1)
     """Widths of the encoder's hidden layers, from data to latents; the decoder has them in reverse."""
+
+    channels: tuple[int, ...] = Field(default=(), max_length=6)
+    """Channels of the encoder's convolutions, each of which halves height and width; none: perceptrons alone."""
 
     activation: Literal["silu", "relu", "tanh"] = "silu"
     """Non-linearity after each hidden layer."""
@@ -65,6 +71,8 @@ class ModelConfig(Config):
     def _check(self) -> Self:
         if any(width < 1 for width in self.hidden_dims):
             raise ValueError("hidden_dims: every width must be at least 1")
+        if any(number < 1 for number in self.channels):
+            raise ValueError("channels: every number must be at least 1")
         if self.log_var_min >= self.log_var_max:
             raise ValueError("log_var_min must be below log_var_max")
         return self

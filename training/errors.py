@@ -6,6 +6,7 @@ TrainingError
 │   ├── DeviceUnavailable
 │   ├── DataMissing
 │   ├── DataCorrupt
+│   ├── ShapeUnsuitable
 │   ├── DownloadFailed
 │   ├── RunNotFound
 │   ├── NotARun
@@ -68,6 +69,15 @@ class DataCorrupt(InvalidSetup):
             "remove the file and fetch it again with vae-train data"
         )
         self.file, self.expected, self.actual = file, expected, actual
+
+
+class ShapeUnsuitable(InvalidSetup):
+    """The architecture that was asked for does not take data of this shape."""
+
+    def __init__(self, data_shape: Sequence[int], *, problem: str) -> None:
+        shape = tuple(data_shape)
+        super().__init__(f"data of shape {shape}: {problem}; choose another model.channels or other data")
+        self.data_shape, self.problem = shape, problem
 
 
 class DownloadFailed(InvalidSetup):

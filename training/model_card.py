@@ -1,10 +1,11 @@
 """The model card of a bundle: what it is, how good it is, and what it is not for."""
 
 import shlex
+from collections.abc import Iterator
 
 from serving.bundle import Manifest
 from training import presets
-from training.config import TrainingConfig
+from training.config import ModelConfig, TrainingConfig
 from training.data import described
 from training.evaluate import Estimate, Evaluation
 
@@ -42,7 +43,7 @@ Licence: {licence}.
 ## Model
 
 - Prior: standard normal, {latent_dim} dimensions.
-- Encoder and decoder: multilayer perceptrons, {layers} and back, {activation}.
+- Encoder and decoder: {kind}, {layers} and back, {activation}.
 - Posterior: diagonal Gaussian, log variance clamped to [{log_var_min:g}, {log_var_max:g}].
 - Likelihood: independent Bernoulli pixels.
 
@@ -104,7 +105,8 @@ def model_card(manifest: Manifest, config: TrainingConfig, evaluation: Evaluatio
         evaluation_seed=evaluation.seed,
         split=manifest.dataset.split,
         data_sha256=manifest.dataset.sha256,
-        layers=" - ".join(str(width) for width in (manifest.data_size, *model.hidden_dims, model.latent_dim)),
+        kind="convolutions and perceptrons" if model.channels else "multilayer perceptrons",
+        layers=" - ".join(_layers(manifest, model)),
         activation=model.activation,
         log_var_min=model.log_var_min,
         log_var_max=model.log_var_max,
@@ -128,6 +130,13 @@ def reproduction_command(config: TrainingConfig) -> str:
     name = config.name if config.name in presets.PRESETS else "digits"
     changes = [f"--set {shlex.quote(assignment)}" for assignment in config.changes_from(base)]
     return " ".join(["vae-train fit", name, *changes])
+
+
+def _layers(manifest: Manifest, model: ModelConfig) -> Iterator[str]:
+    """Name the encoder's layers by their widths; convolutions by their channels."""
+    yield str(manifest.data_size)
+    yield from (f"{number} channels" for number in model.channels)
+    yield from (str(width) for width in (*model.hidden_dims, model.latent_dim))
 
 
 def _cells(estimate: Estimate) -> str:

@@ -39,6 +39,18 @@ def fashion_mlp() -> TrainingConfig:
     return mnist_mlp().override(["name=fashion-mlp", "data.name=fashion-mnist"])
 
 
+def mnist_conv() -> TrainingConfig:
+    """Return two convolutions and a perceptron on MNIST: fewer weights than `mnist-mlp`, more work for each."""
+    return mnist_mlp().override(
+        ["name=mnist-conv", "model.channels=[32, 64]", "model.hidden_dims=[256]", "optimizer.epochs=50"]
+    )
+
+
+def fashion_conv() -> TrainingConfig:
+    """Return the model of `mnist-conv` on Fashion-MNIST."""
+    return mnist_conv().override(["name=fashion-conv", "data.name=fashion-mnist"])
+
+
 def smoke() -> TrainingConfig:
     """Return a run of a second that passes through every line, for tests."""
     return shortened(digits()).override(
@@ -64,6 +76,8 @@ PRESETS: Final[dict[str, Callable[[], TrainingConfig]]] = {
     "digits": digits,
     "mnist-mlp": mnist_mlp,
     "fashion-mlp": fashion_mlp,
+    "mnist-conv": mnist_conv,
+    "fashion-conv": fashion_conv,
     "smoke": smoke,
 }
 

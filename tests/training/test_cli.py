@@ -76,6 +76,16 @@ def test_export_evaluates_first_if_nobody_did(smoke_run: SmokeRun, tmp_path: Pat
     assert (tmp_path / "evaluation.json").exists()
 
 
+def test_convolutions_go_the_whole_way(tmp_path: Path) -> None:
+    """Fitted, continued, exported behind all gates: parity, batch independence, no random operators."""
+    run = tmp_path / "run"
+    fitted = _json("fit", "smoke", "--set", "model.channels=[4, 8]", "--output-dir", run)
+    assert fitted["is_finished"]
+    manifest = _json("export", run, tmp_path / "bundle")
+    assert manifest["data_shape"] == [1, 8, 8]
+    assert "64 - 4 channels - 8 channels - 32 - 4 and back" in (tmp_path / "bundle/MODEL_CARD.md").read_text()
+
+
 @pytest.mark.parametrize("shape", [(40, 6, 5, 3), (40, 6, 5), (40, 30)], ids=["colour", "grey", "values"])
 def test_own_data_go_the_whole_way(tmp_path: Path, shape: tuple[int, ...]) -> None:
     """Inferred and shown, fitted, measured, exported and drawn, whatever their shape."""
