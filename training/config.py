@@ -99,6 +99,12 @@ class OptimizerConfig(Config):
     beta: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Weight of the KL term after the warm-up; only 1 gives a bound on log p(x)."""
 
+    num_samples: int = Field(default=1, ge=1, le=4096)
+    """Latents per image and step from which the bound is estimated: more make its gradient less noisy."""
+
+    free_nats: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Nats of KL that each latent dimension has for free (free bits): keeps it from being switched off early."""
+
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     """Decay per step of the moving average of the weights, which validation and export use."""
 

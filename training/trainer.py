@@ -102,7 +102,7 @@ class Schedule(NamedTuple):
 
     def beta(self, step: int) -> float:
         """Return the weight of the KL term: a line from zero, then constant."""
-        return self.config.beta * min(1.0, (step + 1) / max(1, self.warm_up_steps))
+        return objectives.kl_weight(step, num_warm_up_steps=self.warm_up_steps, beta=self.config.beta)
 
 
 def choose_device(name: DeviceName) -> torch.device:
@@ -240,14 +240,18 @@ class Trainer:
         first = self._step % self._steps_per_epoch * self._config.optimizer.batch_size
         rows = self._order[first : first + self._config.optimizer.batch_size]
         data = binarise(self._train.index_select(0, rows), self._generator(TrainingStream.BINARISE))
+        settings, dim = self._config.optimizer, self._vae.latent_dim
         noise = torch.randn(
-            (len(rows), self._vae.latent_dim),
+            (len(rows), dim) if settings.num_samples == 1 else (len(rows), settings.num_samples, dim),
             generator=self._generator(TrainingStream.POSTERIOR),
             device=self._device,
         )
-        bound = objectives.elbo(self._vae, data, noise)
+        posterior = self._vae.posterior(data)
+        bound = objectives.elbo_of_posterior(self._vae, data, *posterior, noise)
         log_likelihood, kl = bound.log_likelihood.mean(), bound.kl.mean()
-        loss = self._schedule.beta(self._step) * kl - log_likelihood
+        # What is recorded is the bound; free bits change only what is climbed.
+        charged = objectives.free_bits_kl(*posterior, settings.free_nats) if settings.free_nats else kl
+        loss = self._schedule.beta(self._step) * charged - log_likelihood
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         for group in self._optimizer.param_groups:

@@ -38,6 +38,12 @@ def _stop_at(step: int) -> Callable[[], bool]:
     return lambda: next(answers)
 
 
+def _folder(path: Path) -> RunFolder:
+    """Make an empty run folder."""
+    path.mkdir()
+    return RunFolder(path)
+
+
 def _lines(run: RunFolder) -> list[dict[str, object]]:
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     for line in lines:
@@ -59,6 +65,27 @@ def test_bound_rises(digits: Dataset, run: RunFolder) -> None:
     assert seen[-1].validation.elbo > seen[0].validation.elbo + 1
     assert seen[-1].validation.kl > 1
     assert not seen[-1].has_collapsed
+
+
+@pytest.mark.parametrize("setting", ["optimizer.num_samples=4", "optimizer.free_nats=0.5"])
+def test_other_objectives_are_climbed_and_resumed(setting: str, digits: Dataset, tmp_path: Path) -> None:
+    """More samples and free bits change the run, and an interrupted one still equals one that was left alone."""
+    plain = fit(_config(), digits, _folder(tmp_path / "plain"), device=CPU)
+    config, whole, parts = _config(setting), _folder(tmp_path / "whole"), _folder(tmp_path / "parts")
+    alone = fit(config, digits, whole, device=CPU)
+    assert not _same_state(alone, plain)
+    fit(config, digits, parts, device=CPU, should_stop=_stop_at(33))
+    resumed = fit(config, digits, parts, device=CPU, resume_from=load_for_resume(config, parts.last))
+    assert _same_state(resumed, alone)
+
+
+def test_free_bits_keep_the_latents_in_use(digits: Dataset, tmp_path: Path) -> None:
+    """With two nats free in each of four dimensions, the KL soon is above what the plain bound has by then."""
+    seen: dict[str, list[Metrics]] = {"0": [], "2": []}
+    for free_nats, metrics in seen.items():
+        config = _config(f"optimizer.free_nats={free_nats}")
+        fit(config, digits, _folder(tmp_path / free_nats), device=CPU, listener=metrics.append)
+    assert seen["2"][-1].validation.kl > seen["0"][-1].validation.kl + 1
 
 
 def test_metrics_add_up(smoke_run: SmokeRun) -> None:
