@@ -106,8 +106,8 @@ def on_ray(
         raise ServiceFailed(
             reason="gateway.port: 0 lets the system choose, which only the in-process engine can tell"
         )
+    check_credentials(config.gateway)  # before sources become one below, so that errors name the right one
     located = _located(config)
-    check_credentials(located.gateway)
     check_port(config.gateway.host, config.gateway.port)
     tell(f"bundle verified: {manifest.name} {manifest.version}")
     is_local = "RAY_ADDRESS" not in os.environ
@@ -133,7 +133,6 @@ def _located(config: ServingConfig) -> ServingConfig:
     keys = os.environ.get(auth.api_keys_variable) if auth.api_keys_variable else None
     known: dict[str, Any] = {}
     if keys is not None:
-        check_credentials(gateway)  # before two sources become one, so that errors name the right one
         known = {"api_keys": ",".join(filter(None, (auth.api_keys, keys))), "api_keys_variable": ""}
     if auth.api_keys_file:
         known["api_keys_file"] = bundle.absolute(auth.api_keys_file)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import typer
 
-from training import checkpoint, console, own_data, pictures, presets
+from training import checkpoint, console, pictures, presets
 from training import data as datasets
 from training.checkpoint import Checkpoint, RunFolder, averaged_model, write_atomically
 from training.config import DataConfig, TrainingConfig
@@ -260,7 +260,7 @@ def data_command(
         "num_rows": {split_name: len(dataset.rows(split_name)) for split_name in datasets.SPLITS},
         "split": dataset.split,
         "sha256": {file.name: file.sha256 for file in known.files} or {"data": dataset.sha256},
-        **_found(config),
+        **dict(dataset.found),
         "licence": known.licence,
         "out": None if out is None else str(out),
     }
@@ -279,14 +279,6 @@ def _data_config(name: str, image_size: int | None) -> DataConfig:
         return DataConfig.parse({"name": name})
     own = {"name": datasets.OWN, "path": str(Path(name).absolute()), "image_size": image_size}
     return DataConfig.parse(own)
-
-
-def _found(config: DataConfig) -> dict[str, str]:
-    """Return what was inferred of the user's own data."""
-    if config.name != datasets.OWN:
-        return {}
-    images = own_data.read(Path(config.path), image_size=config.image_size)
-    return {"layout": images.layout, "values": images.values}
 
 
 def _starting_point(config: TrainingConfig, run: RunFolder, resume: str) -> Checkpoint | None:

@@ -113,6 +113,8 @@ class Dataset(NamedTuple):
     test: Pixels
     sha256: str
     split: str
+    found: tuple[tuple[str, str], ...] = ()
+    """What was inferred of the user's own data: name and text of each fact."""
 
     @property
     def data_shape(self) -> tuple[int, ...]:
@@ -228,7 +230,10 @@ def split_own(images: OwnImages, config: DataConfig) -> Dataset:
     pixels = images.pixels
     actual = hashlib.sha256(pixels.tobytes()).hexdigest()
     num_held_out = max(1, round(_OWN_HELD_OUT * len(pixels)))
-    return _split(f"own: {Path(config.path).name}", pixels, actual, config.split_seed, num_held_out=num_held_out)
+    dataset = _split(
+        f"own: {Path(config.path).name}", pixels, actual, config.split_seed, num_held_out=num_held_out
+    )
+    return dataset._replace(found=(("layout", images.layout), ("values", images.values)))
 
 
 def _split(name: str, pixels: Pixels, sha256: str, split_seed: int, *, num_held_out: int) -> Dataset:

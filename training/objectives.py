@@ -203,8 +203,16 @@ def training_objective(
         free_nats: Nats of KL that every latent dimension has for free, see `free_bits_kl`.
     """
     mean, log_var = vae.posterior(data)
-    log_likelihood = _expected_log_likelihood(vae, data, mean, log_var, noise).mean()
-    return log_likelihood - kl_weight * free_bits_kl(mean, log_var, free_nats)
+    bound = elbo_of_posterior(vae, data, mean, log_var, noise)
+    return weighted_bound(bound, mean, log_var, kl_weight=kl_weight, free_nats=free_nats)
+
+
+def weighted_bound(
+    bound: Elbo, mean: Tensor, log_var: Tensor, *, kl_weight: float = 1.0, free_nats: float = 0.0
+) -> Tensor:
+    """Return what is maximised of a bound whose terms are recorded too; arguments as for `training_objective`."""
+    charged = free_bits_kl(mean, log_var, free_nats) if free_nats else bound.kl.mean()
+    return bound.log_likelihood.mean() - kl_weight * charged
 
 
 class InferenceGap(NamedTuple):

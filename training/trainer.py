@@ -248,18 +248,18 @@ class Trainer:
         )
         posterior = self._vae.posterior(data)
         bound = objectives.elbo_of_posterior(self._vae, data, *posterior, noise)
-        log_likelihood, kl = bound.log_likelihood.mean(), bound.kl.mean()
-        # What is recorded is the bound; free bits change only what is climbed.
-        charged = objectives.free_bits_kl(*posterior, settings.free_nats) if settings.free_nats else kl
-        loss = self._schedule.beta(self._step) * charged - log_likelihood
+        climbed = objectives.weighted_bound(
+            bound, *posterior, kl_weight=self._schedule.beta(self._step), free_nats=settings.free_nats
+        )
         self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        torch.autograd.backward(-climbed)
         for group in self._optimizer.param_groups:
             group["lr"] = self._schedule.learning_rate(self._step)
         self._optimizer.step()
         self._average()
         # Summed on the device: reading a number at every step would make a GPU wait for us.
-        self._sums += torch.stack((log_likelihood.detach(), kl.detach()))
+        # What is recorded is the bound; weight and free bits change only what is climbed.
+        self._sums += torch.stack((bound.log_likelihood.detach().mean(), bound.kl.detach().mean()))
         self._step += 1
 
     @torch.no_grad()

@@ -77,8 +77,7 @@ class Call:
 
     __slots__ = (
         "_request_id", "arrived_at", "client", "code", "context", "expires_at", "metadata",
-        "metadata_bytes", "path", "priority", "ticket",
-        "unread_bytes",
+        "metadata_bytes", "path", "priority", "unread_bytes",
     )  # fmt: skip
 
     def __init__(self, path: str, context: Context, priority: int = HIGHEST) -> None:
@@ -87,8 +86,6 @@ class Call:
         self.code = grpc.StatusCode.OK
         self.client = ""
         """Who calls: `key:NAME`, `jwt:SUBJECT`, `cert:COMMON NAME`, or the address of a stranger."""
-        self.ticket: Ticket | None = None
-        """Of a call with one request, once it has begun."""
         pairs: Any = context.invocation_metadata() or ()  # made anew by each call of it
         self.metadata: dict[str, str | bytes] = dict(pairs)
         """What the caller sent beside the body; of a repeated key the last value."""
@@ -273,14 +270,12 @@ def _innermost(method: Method, patience: Patience) -> Proceed:
     async def unary(call: Call) -> bytes:
         assert method.unary is not None  # noqa: S101 - for the type checker
         request = _parse(await patience.reading.read(call.context), method)
-        call.ticket = call.make_ticket()
-        return (await method.unary(request, call.ticket)).SerializeToString()
+        return (await method.unary(request, call.make_ticket())).SerializeToString()
 
     async def server_stream(call: Call) -> bytes:
         assert method.server_stream is not None  # noqa: S101 - as above
         request = _parse(await patience.reading.read(call.context), method)
-        call.ticket = call.make_ticket()
-        responses = method.server_stream(request, call.ticket)
+        responses = method.server_stream(request, call.make_ticket())
         await _write_all(call, responses, patience, is_resumable=True)
         return b""
 
