@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, BinaryIO, Final, Literal, NamedTuple
+from typing import Annotated, BinaryIO, Final, Literal, NamedTuple, Self
 
 import fsspec
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from serving import noise
 from serving.errors import BundleError
@@ -38,6 +38,14 @@ GOLDEN_SEED: Final = 20_131_220
 
 GOLDEN_ROWS: Final = 4
 GOLDEN_VALUES: Final = 16
+
+DecoderOutput = Literal["mean", "logits", "log_var"]
+"""What the decoder computes of p(x | z). The mean in [0, 1], (batch, *data_shape), always. The rest by likelihood:
+
+- Bernoulli: `logits` (batch, *data_shape), log odds of a one.
+- Gaussian: `log_var` (batch, 1, ..., 1) or (batch, *data_shape), natural logarithm of the variance of intensities.
+- categorical: `logits` (batch, num_levels, *data_shape), unnormalised log probabilities of the levels.
+"""
 
 _EXPORT_AGAIN: Final = "export it again with vae-train export"
 
@@ -123,8 +131,11 @@ class Manifest(Config):
     prior: Literal["standard_normal"] = "standard_normal"
     """p(z)."""
 
-    likelihood: Literal["bernoulli"] = "bernoulli"
-    """Family of p(x | z)."""
+    likelihood: Literal["bernoulli", "gaussian", "categorical"] = "bernoulli"
+    """Family of p(x | z): of binary pixels; a density over intensities in [0, 1]; of levels of intensity."""
+
+    num_levels: int | None = Field(default=None, ge=2, le=256)
+    """Levels of a categorical likelihood, equally spaced over [0, 1]; absent for the others."""
 
     noise: str = noise.ALGORITHM
     """Algorithm that turns seeds into noise."""
@@ -157,7 +168,7 @@ class Manifest(Config):
     """Graph from data to (mean, log_var)."""
 
     decoder: GraphFile
-    """Graph from latents to (logits, mean)."""
+    """Graph from latents to the mean and the parameters of the likelihood, see `DecoderOutput`."""
 
     golden: tuple[KnownAnswer, ...]
     """What each output is for the golden rows."""
@@ -168,8 +179,15 @@ class Manifest(Config):
         return int(np.prod(self.data_shape))
 
     def to_json(self) -> str:
-        """Return the manifest as it stands on disk."""
-        return self.model_dump_json(indent=2) + "\n"
+        """Return the manifest as it stands on disk; what is absent is left out, as older readers expect it."""
+        return self.model_dump_json(indent=2, exclude_none=True) + "\n"
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> Self:
+        if (self.num_levels is not None) != (self.likelihood == "categorical"):
+            raise ValueError("num_levels is for a categorical likelihood, which needs it, and for no other")
+        _bounded((self.num_levels or 1, *self.data_shape))
+        return self
 
 
 class Bundle(NamedTuple):

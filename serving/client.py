@@ -203,7 +203,11 @@ class Interpolated(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What is known of the loaded model; `limits` as in the proto."""
+    """What is known of the loaded model; `limits` as in the proto.
+
+    `likelihood` is "bernoulli", "gaussian" (then scores are of densities) or "categorical"; `num_levels` belongs
+    to the last, and is zero for the others.
+    """
 
     name: str
     model_version: str
@@ -217,6 +221,7 @@ class Model(NamedTuple):
     limits: dict[str, float]
     encoder_provider: str
     decoder_provider: str
+    num_levels: int
 
 
 class CallOptions(TypedDict, total=False):
@@ -797,6 +802,7 @@ def _read_model(response: pb.GetModelResponse) -> Model:
         limits=limits,
         encoder_provider=response.encoder_provider,
         decoder_provider=response.decoder_provider,
+        num_levels=response.num_levels,
     )
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from serving.bundle import Bundle, KnownAnswer, golden_data, golden_latents, known_answer
+from serving.bundle import Bundle, KnownAnswer, Manifest, golden_data, golden_latents, known_answer
 from serving.errors import BundleError, DeadlineExceeded, ProviderUnavailable
+from serving.likelihoods import row_shapes
 
 Rows = NDArray[Any]
 Graph = Literal["encoder", "decoder"]
@@ -55,6 +56,8 @@ class GraphRuntime:
         self._input, self._outputs = file.inputs[0], file.outputs
         golden = golden_data(manifest.data_shape) if graph == "encoder" else golden_latents(manifest.latent_dim)
         self._golden = golden
+        if graph == "decoder":
+            self._check_likelihood(manifest)
         self._verify(golden, [answer for answer in manifest.golden if answer.graph == graph], manifest.name)
         for rows in _WARM_UP_ROWS:
             self.run(np.repeat(golden[:1], rows, axis=0), self._outputs)
@@ -101,6 +104,20 @@ class GraphRuntime:
             np.array_equal(values, np.concatenate([outputs[index] for outputs in alone]))
             for index, values in enumerate(together)
         )
+
+    def _check_likelihood(self, manifest: Manifest) -> None:
+        """Refuse a decoder that lacks an output of its likelihood, or gives one in another shape."""
+        shapes = row_shapes(manifest)
+        if missing := sorted(shapes.keys() - set(self._outputs)):
+            _refuse(manifest.name, f"a {manifest.likelihood} likelihood needs the decoder's {', '.join(missing)}")
+        try:
+            values = dict(zip(shapes, self.run(self._golden, list(shapes)), strict=True))
+        except Exception:  # noqa: BLE001 - `_verify` says what is wrong with a graph that does not run
+            return
+        for name, allowed in shapes.items():
+            if (actual := values[name].shape[1:]) not in allowed:
+                problem = f"the decoder's {name} has rows of shape {actual}, expected {allowed[0]}"
+                _refuse(manifest.name, f"{problem} for a {manifest.likelihood} likelihood")
 
     def _verify(self, golden: Rows, answers: Sequence[KnownAnswer], name: str) -> None:
         names = [answer.output for answer in answers]

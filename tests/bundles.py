@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -10,6 +10,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from serving import bundle
+
+LikelihoodName = Literal["bernoulli", "gaussian", "categorical"]
+Decoder = tuple[bytes, tuple[str, ...]]
+"""A graph and the names of its outputs."""
 
 OPSET = 20
 IR_VERSION = 10
@@ -24,6 +28,8 @@ def small_bundle(
     data_shape: tuple[int, ...] = DATA_SHAPE,
     latent_dim: int = LATENT_DIM,
     hidden: tuple[int, ...] = (),
+    likelihood: LikelihoodName = "bernoulli",
+    num_levels: int | None = None,
 ) -> Path:
     """Write an encoder and a decoder with random weights; return the folder.
 
@@ -33,17 +39,22 @@ def small_bundle(
         data_shape: Shape of one row of data.
         latent_dim: Dimensions of one row of latents.
         hidden: Widths of the encoder's hidden layers (ReLU), mirrored in the decoder; none makes them linear.
+        likelihood: Family of p(x | z). The log variance of a Gaussian differs from row to row.
+        num_levels: Levels of a categorical likelihood.
     """
     size = int(np.prod(data_shape))
     random = np.random.default_rng(seed)
     encoder = _encoder(random, (size, *hidden), latent_dim, data_shape)
-    decoder = _decoder(random, (latent_dim, *reversed(hidden)), size, data_shape)
+    make = {"bernoulli": _decoder, "gaussian": _gaussian_decoder, "categorical": _categorical_decoder}[likelihood]
+    decoder, decoder_outputs = make(random, (latent_dim, *reversed(hidden)), data_shape, num_levels or 0)
     manifest = bundle.Manifest(
         name="small",
         version=bundle.version_of(encoder, decoder),
         created="2026-01-01T00:00:00Z",
         data_shape=data_shape,
         latent_dim=latent_dim,
+        likelihood=likelihood,
+        num_levels=num_levels,
         opset=OPSET,
         ir_version=IR_VERSION,
         tool_versions={"onnx": onnx.__version__},
@@ -53,15 +64,15 @@ def small_bundle(
         metrics={"elbo": -1.5},
         parity={},
         encoder=bundle.graph_file("encoder.onnx", encoder, inputs=("data",), outputs=("mean", "log_var")),
-        decoder=bundle.graph_file("decoder.onnx", decoder, inputs=("latents",), outputs=("logits", "mean")),
-        golden=_golden(encoder, decoder, data_shape, latent_dim),
+        decoder=bundle.graph_file("decoder.onnx", decoder, inputs=("latents",), outputs=decoder_outputs),
+        golden=_golden(encoder, decoder, data_shape, latent_dim, decoder_outputs),
     )
     bundle.write(directory, manifest=manifest, encoder=encoder, decoder=decoder, extra={})
     return directory
 
 
 def _golden(
-    encoder: bytes, decoder: bytes, data_shape: tuple[int, ...], latent_dim: int
+    encoder: bytes, decoder: bytes, data_shape: tuple[int, ...], latent_dim: int, outputs: tuple[str, ...]
 ) -> tuple[bundle.KnownAnswer, ...]:
     """Compute the known answers with onnx's reference evaluator: a second implementation."""
     from onnx.reference import ReferenceEvaluator  # noqa: PLC0415 - slow to import
@@ -71,8 +82,7 @@ def _golden(
     return (
         bundle.known_answer("encoder", "mean", encoded[0]),
         bundle.known_answer("encoder", "log_var", encoded[1]),
-        bundle.known_answer("decoder", "logits", decoded[0]),
-        bundle.known_answer("decoder", "mean", decoded[1]),
+        *(bundle.known_answer("decoder", name, values) for name, values in zip(outputs, decoded, strict=True)),
     )
 
 
@@ -87,12 +97,39 @@ def _encoder(
     return stack.graph("encoder", {"data": shape}, {"mean": (latent_dim,), "log_var": (latent_dim,)})
 
 
-def _decoder(random: np.random.Generator, widths: tuple[int, ...], size: int, shape: tuple[int, ...]) -> bytes:
+def _decoder(random: np.random.Generator, widths: tuple[int, ...], shape: tuple[int, ...], _: int) -> Decoder:
     stack = _Stack(random)
-    flat = stack.gemm(stack.layers("latents", widths), widths[-1], size)
-    stack.add("Reshape", [flat, stack.weight(np.array([-1, *shape], np.int64))], output="logits")
+    flat = stack.gemm(stack.layers("latents", widths), widths[-1], int(np.prod(shape)))
+    stack.reshape(flat, shape, output="logits")
     stack.add("Sigmoid", ["logits"], output="mean")
-    return stack.graph("decoder", {"latents": (widths[0],)}, {"logits": shape, "mean": shape})
+    outputs = {"logits": shape, "mean": shape}
+    return stack.graph("decoder", {"latents": (widths[0],)}, outputs), tuple(outputs)
+
+
+def _gaussian_decoder(
+    random: np.random.Generator, widths: tuple[int, ...], shape: tuple[int, ...], _: int
+) -> Decoder:
+    stack, ones = _Stack(random), (1,) * len(shape)
+    last = stack.layers("latents", widths)
+    logits = stack.reshape(stack.gemm(last, widths[-1], int(np.prod(shape))), shape)
+    stack.add("Sigmoid", [logits], output="mean")
+    stack.reshape(stack.gemm(last, widths[-1], 1), ones, output="log_var")
+    outputs = {"mean": shape, "log_var": ones}
+    return stack.graph("decoder", {"latents": (widths[0],)}, outputs), tuple(outputs)
+
+
+def _categorical_decoder(
+    random: np.random.Generator, widths: tuple[int, ...], shape: tuple[int, ...], num_levels: int
+) -> Decoder:
+    stack, size = _Stack(random), int(np.prod(shape))
+    flat = stack.gemm(stack.layers("latents", widths), widths[-1], num_levels * size)
+    stack.reshape(flat, (num_levels, *shape), output="logits")
+    levels = stack.reshape("logits", (num_levels, size))
+    intensities = stack.weight(np.linspace(0, 1, num_levels, dtype=np.float32)[None])
+    expected = stack.add("MatMul", [intensities, stack.softmax(levels)])
+    stack.reshape(expected, shape, output="mean")
+    outputs = {"logits": (num_levels, *shape), "mean": shape}
+    return stack.graph("decoder", {"latents": (widths[0],)}, outputs), tuple(outputs)
 
 
 class _Stack:
@@ -106,6 +143,15 @@ class _Stack:
     def add(self, operator: str, inputs: list[str], *, output: str = "") -> str:
         name = output or f"value{len(self._nodes)}"
         self._nodes.append(helper.make_node(operator, inputs, [name]))
+        return name
+
+    def reshape(self, rows: str, shape: tuple[int, ...], *, output: str = "") -> str:
+        return self.add("Reshape", [rows, self.weight(np.array([-1, *shape], np.int64))], output=output)
+
+    def softmax(self, rows: str) -> str:
+        """Add a softmax over the dimension after the batch."""
+        name = self.add("Softmax", [rows])
+        self._nodes[-1].attribute.append(helper.make_attribute("axis", 1))
         return name
 
     def weight(self, values: NDArray[np.generic]) -> str:

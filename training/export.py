@@ -60,6 +60,8 @@ def export(
         created=last.saved,
         data_shape=dataset.data_shape,
         latent_dim=vae.latent_dim,
+        likelihood=best.config.model.likelihood,
+        num_levels=vae.decoder.num_levels,
         opset=OPSET,
         ir_version=encoder.ir_version,
         tool_versions=tool_versions(),

@@ -61,19 +61,31 @@ class PixelEncoder(nn.Module):
 
 
 class MeanDecoder(nn.Module):
-    """The decoder as it is served: logits for likelihoods, means for looking at.
+    """The decoder as it is served: parameters of the likelihood to score and to draw with, and means to look at.
 
-    A float32 sigmoid rounds to 0 or 1, whose logarithm fails; hence both.
+    | likelihood | outputs |
+    |---|---|
+    | Bernoulli | `logits` (batch, *data_shape) and `mean` |
+    | Gaussian | `mean` and `log_var`, one number per row, (batch, 1, ..., 1), to be broadcast |
+    | categorical | `logits` (batch, num_levels, *data_shape) and `mean` |
+
+    The mean is in [0, 1], shape (batch, *data_shape), whatever the likelihood. It is no substitute for the logits:
+    a float32 sigmoid rounds to 0 or 1, whose logarithm fails.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (logits, mean) for latents of shape (batch, latent_dim)."""
-        logits = self.decoder(latents)
-        return logits, torch.sigmoid(logits)
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs, in order."""
+        return ("mean", "log_var") if self.decoder.excess_log_var is not None else ("logits", "mean")
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs for latents of shape (batch, latent_dim)."""
+        likelihood = self.decoder.distribution(self.decoder(latents))
+        return tuple(getattr(likelihood, name) for name in self.outputs)
 
 
 def encoder_graph(vae: VAE) -> Graph:
@@ -87,13 +99,13 @@ def encoder_graph(vae: VAE) -> Graph:
 
 
 def decoder_graph(vae: VAE) -> Graph:
-    """Return the graph latents -> (logits, mean).
+    """Return the graph latents -> parameters of the likelihood and its mean, as `MeanDecoder` names them.
 
     Raises:
         GraphRejected: If the graph is not fit to be served; says why.
     """
-    example = torch.zeros(_EXAMPLE_ROWS, vae.latent_dim)
-    return _graph("decoder", MeanDecoder(vae.decoder), example, input_name="latents", outputs=("logits", "mean"))
+    example, module = torch.zeros(_EXAMPLE_ROWS, vae.latent_dim), MeanDecoder(vae.decoder)
+    return _graph("decoder", module, example, input_name="latents", outputs=module.outputs)
 
 
 def _graph(name: str, module: nn.Module, example: Tensor, *, input_name: str, outputs: tuple[str, ...]) -> Graph:

@@ -2,11 +2,12 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from serving.bundle import Bundle
+from serving.bundle import Bundle, DecoderOutput
 from serving.config import ServingConfig, session_threads
-from serving.engine.protocol import DecoderOutput, Posterior, Providers, Rows
+from serving.engine.protocol import Posterior, Providers, Rows
 from serving.runtime import GraphRuntime
 
 
@@ -36,10 +37,11 @@ class InProcessEngine:
         """Return posteriors of data."""
         return Posterior(*await self._run(self._encoder, data, timeout_s, "mean", "log_var"))
 
-    async def decode(self, latents: Rows, timeout_s: float, output: DecoderOutput = "mean") -> Rows:
-        """Return an output of the decoder."""
-        (values,) = await self._run(self._decoder, latents, timeout_s, output)
-        return values
+    async def decode(
+        self, latents: Rows, timeout_s: float, outputs: Sequence[DecoderOutput] = ("mean",)
+    ) -> tuple[Rows, ...]:
+        """Return outputs of the decoder."""
+        return tuple(await self._run(self._decoder, latents, timeout_s, *outputs))
 
     async def check(self) -> Providers:
         """Return the providers: graphs in this process are there from the start."""

@@ -1,14 +1,13 @@
 """The seam between what callers ask for and who runs the graphs."""
 
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 from numpy.typing import NDArray
 
+from serving.bundle import DecoderOutput
+
 Rows = NDArray[Any]
-
-
-DecoderOutput = Literal["mean", "logits"]
-"""What the decoder computes of p(x | z): its mean, or for a Bernoulli the logits of the mean."""
 
 
 class Posterior(NamedTuple):
@@ -40,8 +39,10 @@ class Engine(Protocol):
         """
         ...
 
-    async def decode(self, latents: Rows, timeout_s: float, output: DecoderOutput = "mean") -> Rows:
-        """Return an output of the decoder, (rows, *data_shape), of latents (rows, latent_dim). As for `encode`."""
+    async def decode(
+        self, latents: Rows, timeout_s: float, outputs: Sequence[DecoderOutput] = ("mean",)
+    ) -> tuple[Rows, ...]:
+        """Return outputs of the decoder, in the order asked for, of latents (rows, latent_dim). Times as above."""
         ...
 
     async def check(self) -> Providers:

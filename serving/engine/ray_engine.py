@@ -7,6 +7,7 @@ one costs twice as much.
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 import grpc
@@ -14,9 +15,9 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from serving.bundle import Manifest
+from serving.bundle import DecoderOutput, Manifest
 from serving.config import ReplicasConfig, ServingConfig
-from serving.engine.protocol import DecoderOutput, Posterior, Providers, Rows
+from serving.engine.protocol import Posterior, Providers, Rows
 from serving.errors import DeadlineExceeded, EngineUnavailable
 from serving.runtime import LoadReport
 
@@ -62,10 +63,11 @@ class RayEngine:
         """Return posteriors of data."""
         return Posterior(*await self._run("encoder", data, timeout_s, ("mean", "log_var")))
 
-    async def decode(self, latents: Rows, timeout_s: float, output: DecoderOutput = "mean") -> Rows:
-        """Return an output of the decoder."""
-        (values,) = await self._run("decoder", latents, timeout_s, (output,))
-        return values
+    async def decode(
+        self, latents: Rows, timeout_s: float, outputs: Sequence[DecoderOutput] = ("mean",)
+    ) -> tuple[Rows, ...]:
+        """Return outputs of the decoder."""
+        return await self._run("decoder", latents, timeout_s, tuple(outputs))
 
     async def check(self) -> Providers:
         """Ask one replica of each graph what it serves.

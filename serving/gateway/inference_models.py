@@ -8,8 +8,9 @@ from protos.inference import inference_pb2 as pb
 from serving.config import ServingConfig
 from serving.gateway.inference_parameters import Parameters
 from serving.gateway.inference_tensors import FIELD, Array, TensorSpec
-from serving.gateway.operations import Float32, Operations, choose_seed
+from serving.gateway.operations import ObservationDraw, Operations, choose_seed
 from serving.gateway.statistics import Statistics
+from serving.likelihoods import Float32
 from serving.tickets import GENERATION, HIGHEST, LOWEST, Ticket
 
 VERSION: Final = "1"
@@ -25,6 +26,11 @@ _TYPES: Final = {"FP32": pb.TYPE_FP32, "UINT64": pb.TYPE_UINT64}
 _SEED: Final = "int64 or uint64: seed of the draw; chosen by the service and returned if absent"
 _TEMPERATURE: Final = "double in [0, 10]: standard deviation of the latents; 1 by default"
 _OBSERVATION: Final = "string: mean (default) of p(x | z), or sample: a draw from it"
+_DRAWN: Final = {
+    "bernoulli": "zeros and ones",
+    "gaussian": "a normal value, clipped to [0, 1]",
+    "categorical": "one of the equally spaced levels of intensity in [0, 1]",
+}
 _ROW: Final = (
     "numbers of rows in the endless sequence of draws that the parameter seed means; rows 0 to n - 1 are what "
     "vae.v1.VaeService/Sample returns for n samples of that seed"
@@ -125,11 +131,10 @@ def models(operations: Operations) -> dict[str, Model]:
         return Answer({"mean": posterior.mean, "log_var": posterior.log_var})
 
     async def decode(rows: Array, parameters: Parameters, ticket: Ticket) -> Answer:
-        mean = await operations.decode(rows, ticket=ticket, field=FIELD)
-        if not parameters.observes:
-            return Answer({"reconstruction": mean})
-        seed = _seed(parameters)
-        return Answer({"reconstruction": await operations.observe(mean, seed)}, seed)
+        seed = _seed(parameters) if parameters.observes else None
+        draw = None if seed is None else ObservationDraw(seed)
+        values = await operations.decode(rows, draw=draw, ticket=ticket, field=FIELD)
+        return Answer({"reconstruction": values}, seed)
 
     async def draw(rows: Array, parameters: Parameters, ticket: Ticket) -> Answer:
         seed = _seed(parameters)
@@ -144,6 +149,10 @@ def models(operations: Operations) -> dict[str, Model]:
         return Answer({"samples": samples.observations}, seed)
 
     common = {"model_name": manifest.name, "model_digest": manifest.version}
+    observed = {
+        "likelihood": manifest.likelihood,
+        "parameter.observation": f"{_OBSERVATION}, which is {_DRAWN[manifest.likelihood]}",
+    }
     return {
         "decoder": Model(
             name="decoder",
@@ -153,8 +162,8 @@ def models(operations: Operations) -> dict[str, Model]:
             graph="decoder",
             properties={
                 **common,
+                **observed,
                 "input.latents": "FP32 or FP16",
-                "parameter.observation": _OBSERVATION,
                 "parameter.output_datatype": "string: FP32 (default), FP16, or UINT8 in 255ths",
                 "parameter.seed": _SEED,
             },
@@ -180,8 +189,8 @@ def models(operations: Operations) -> dict[str, Model]:
             priority=GENERATION,
             properties={
                 **common,
+                **observed,
                 "input.row": f"UINT64, or INT64 not below 0: {_ROW}",
-                "parameter.observation": _OBSERVATION,
                 "parameter.output_datatype": "string: FP32 (default), FP16, or UINT8 in 255ths",
                 "parameter.seed": _SEED,
                 "parameter.temperature": _TEMPERATURE,

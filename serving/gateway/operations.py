@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from serving import noise
+from serving import likelihoods, noise
 from serving.batching import BatchReport, RowBatcher
 from serving.bundle import Manifest
 from serving.config import ServingConfig
@@ -28,15 +28,12 @@ from serving.errors import (
     UnknownModelVersion,
     UnsupportedType,
 )
+from serving.likelihoods import Float32, Likelihood, RowNumbers
 from serving.queueing import Outputs, Rows, Slice, Source, concatenate
 from serving.tickets import Ticket
 
-Float32 = NDArray[np.float32]
 Path = Literal["linear", "spherical"]
 Bound = Literal["elbo", "importance-weighted"]
-RowNumbers = noise.Words | tuple[int, int]
-"""Numbers of rows in a seed's sequence; or the first number and how many follow it."""
-
 T = TypeVar("T")
 
 MAX_TEMPERATURE: Final = 10.0
@@ -81,10 +78,32 @@ class PriorDraw:
             return np.arange(start, stop, dtype=np.uint64) + np.uint64(self._rows[0])
         return self._rows[start:stop]
 
+    def __getitem__(self, part: slice) -> "PriorDraw":
+        start, stop, _ = part.indices(self._num_rows)
+        rows = self._rows[part] if not isinstance(self._rows, tuple) else (self._rows[0] + start, stop - start)
+        return PriorDraw(self.seed, rows, self.temperature, self.latent_dim)
+
     def latents(self) -> Float32:
         """Return all rows, shape (rows, latent_dim)."""
         standard = noise.normal_at(np.full(1, self.seed, np.uint64), self.rows(), self.latent_dim)
         return standard * np.float32(self.temperature)
+
+
+class ObservationDraw(NamedTuple):
+    """Which observations are drawn from p(x | z): one for each row of latents."""
+
+    seed: int
+    """In [0, 2^64)."""
+
+    rows: RowNumbers | None = None
+    """Numbers of the rows in the seed's sequence, as for `PriorDraw`; from 0 on by default."""
+
+    def part(self, start: int, stop: int) -> "ObservationDraw":
+        """Return the draw of rows [start, stop)."""
+        if isinstance(self.rows, tuple) or self.rows is None:
+            first = self.rows[0] if self.rows else 0
+            return self._replace(rows=(first + start, stop - start))
+        return self._replace(rows=self.rows[start:stop])
 
 
 class Samples(NamedTuple):
@@ -134,6 +153,9 @@ class Operations:
         self._row_bytes = 4 * max(manifest.data_size + manifest.latent_dim, 3 * manifest.latent_dim)
         self.max_rows = max(1, min(config.limits.max_rows, config.limits.max_response_bytes // self._row_bytes))
         """Most rows of one call: the limit, or as many as the largest answer can carry."""
+        self._likelihood: Likelihood = likelihoods.of(manifest)
+        # Parameters of a likelihood may be far larger than an answer: 256 levels of each pixel, of each row.
+        self._rows_at_once = max(1, config.limits.max_response_bytes // (4 * likelihoods.num_parameters(manifest)))
         make = functools.partial(
             RowBatcher, config=config.batching, num_slots=config.batching.max_in_flight or engine.num_slots
         )
@@ -142,8 +164,10 @@ class Operations:
         self.decoder = make(
             self._run_decoder, name="decoder", on_batch=observe_decoder, assemble=self._assemble_latents
         )
-        # Rows of one run have the same outputs, so logits have runs of their own on the same graph.
-        self.scorer = make(self._run_scorer, name="decoder", on_batch=observe_decoder)
+        # Rows of one run have the same outputs, so parameters have runs of their own on the same graph.
+        self.scorer = make(
+            self._run_scorer, name="decoder", on_batch=observe_decoder, assemble=self._assemble_latents
+        )
 
     @property
     def is_stalled(self) -> bool:
@@ -207,11 +231,14 @@ class Operations:
         )
         return latents
 
-    async def decode(self, latents: Rows, *, ticket: Ticket, field: str = "latents") -> Float32:
-        """Return means of p(x | z), in [0, 1].
+    async def decode(
+        self, latents: Rows, *, draw: ObservationDraw | None = None, ticket: Ticket, field: str = "latents"
+    ) -> Float32:
+        """Return means of p(x | z), in [0, 1]; or draws from it.
 
         Args:
             latents: Shape (n, latent_dim), float32.
+            draw: Which observations to draw; means if None.
             ticket: Until when, for whom, how urgent.
             field: Path of the field that `latents` came in, for errors.
 
@@ -219,18 +246,18 @@ class Operations:
             InvalidRequest: If the latents do not fit the model.
         """
         self._check_latents(latents, field)
-        (mean,) = await self._submit(self.decoder, latents, ticket)
-        return mean
+        return await self._decode(latents, draw, ticket)
 
-    async def observe(self, mean: Float32, seed: int, *, rows: RowNumbers | None = None) -> Float32:
-        """Return one draw from the Bernoulli likelihood for each row of means: zeros and ones, float32.
+    async def observe(self, parameters: Outputs, draw: ObservationDraw) -> Float32:
+        """Return one draw from p(x | z) for each row of its parameters, float32 in [0, 1], shape (n, *data_shape).
 
         Args:
-            mean: Shape (n, *data_shape).
-            seed: In [0, 2^64).
-            rows: Numbers of the rows in the seed's sequence, as for `PriorDraw`; from 0 on by default.
+            parameters: The outputs of the decoder that the likelihood draws from, n rows each.
+            draw: Which observations.
         """
-        return await _off_loop(mean.size, _observe, mean, seed, (0, len(mean)) if rows is None else rows)
+        num_rows, size = len(parameters[0]), max(values.size for values in parameters)
+        rows = draw.part(0, num_rows).rows
+        return await _off_loop(size, self._likelihood.draw, parameters, draw.seed, rows)
 
     async def sample(
         self,
@@ -385,16 +412,14 @@ class Operations:
         posterior = Posterior(*await self._submit(self.encoder, pixels, ticket, charged=num_rows))
         size = posterior.mean.size * num_latents
         latents, standard = await _off_loop(size, _draw_latents, posterior, num_latents, seed, first_row)
-        flat = latents.reshape(-1, self.manifest.latent_dim)
-        (logits,) = await self._submit(self.scorer, flat, ticket, charged=0)
-        return await _off_loop(logits.size, _score, pixels, posterior, standard, latents, logits, bound)
+        log_likelihood = await self._log_likelihood(pixels, latents, ticket)
+        return await _off_loop(size, _score, posterior, standard, latents, log_likelihood, bound)
 
-    async def reconstruct(self, data: Rows, *, ticket: Ticket) -> Float32:
-        """Return the decoded posterior means of data."""
+    async def reconstruct(self, data: Rows, *, draw: ObservationDraw | None = None, ticket: Ticket) -> Float32:
+        """Return the decoded posterior means of data, or observations drawn there; arguments as for `decode`."""
         pixels = self._check_data(data, "data")
         latents, _ = await self._submit(self.encoder, pixels, ticket, charged=2 * len(pixels))
-        (mean,) = await self._submit(self.decoder, latents, ticket, charged=0)
-        return mean
+        return await self._decode(latents, draw, ticket, charged=0)
 
     async def interpolate(
         self,
@@ -462,18 +487,51 @@ class Operations:
     async def _sample(
         self, rows: RowNumbers, seed: int, temperature: float, *, observe: bool, ticket: Ticket
     ) -> Samples:
-        draw = PriorDraw(seed, rows, temperature, self.manifest.latent_dim)
-        (mean,) = await self._submit(self.decoder, draw, ticket)
-        return Samples(await self.observe(mean, seed, rows=rows) if observe else mean, draw)
+        latents = PriorDraw(seed, rows, temperature, self.manifest.latent_dim)
+        draw = ObservationDraw(seed, rows) if observe else None
+        return Samples(await self._decode(latents, draw, ticket), latents)
+
+    async def _decode(
+        self,
+        latents: Rows | PriorDraw,
+        draw: ObservationDraw | None,
+        ticket: Ticket,
+        *,
+        charged: int | None = None,
+    ) -> Float32:
+        """Return means of p(x | z), or draws from it."""
+        if draw is None or self._likelihood.draws_from == ("mean",):
+            means = await self._submit(self.decoder, latents, ticket, charged=charged)
+            return means[0] if draw is None else await self.observe(means, draw)
+        pieces: list[Float32] = []
+        charged = len(latents) if charged is None else charged
+        for start in range(0, len(latents), self._rows_at_once):
+            part = latents[start : start + self._rows_at_once]
+            parameters = await self._submit(self.scorer, part, ticket, charged=0 if start else charged)
+            pieces.append(await self.observe(parameters, draw.part(start, start + len(part))))
+        return np.concatenate(pieces)
+
+    async def _log_likelihood(self, pixels: Rows, latents: Float32, ticket: Ticket) -> NDArray[np.float64]:
+        """Return log p(x | z) of each row at each of its latents, (n, k), for latents (n, k, latent_dim)."""
+        num_rows, num_latents, dim = latents.shape
+        unit = pixels.reshape(num_rows, 1, -1).astype(np.float32) / _PIXEL_MAX
+        at_once = max(1, self._rows_at_once // num_latents)
+        pieces: list[NDArray[np.float64]] = []
+        for start in range(0, num_rows, at_once):
+            part = slice(start, start + at_once)
+            parameters = await self._submit(self.scorer, latents[part].reshape(-1, dim), ticket, charged=0)
+            size = max(values.size for values in parameters)
+            pieces.append(await _off_loop(size, self._likelihood.log_prob, unit[part], parameters))
+        return np.concatenate(pieces)
 
     async def _run_encoder(self, rows: Rows, timeout_s: float) -> Outputs:
         return await self._engine.encode(rows, timeout_s)
 
     async def _run_decoder(self, rows: Rows, timeout_s: float) -> Outputs:
-        return (await self._engine.decode(rows, timeout_s),)
+        return await self._engine.decode(rows, timeout_s)
 
     async def _run_scorer(self, rows: Rows, timeout_s: float) -> Outputs:
-        return (await self._engine.decode(rows, timeout_s, "logits"),)
+        return await self._engine.decode(rows, timeout_s, self._likelihood.parameters)
 
     def _assemble_latents(self, batch: Sequence[Slice]) -> Rows:
         """Return the latents of slices: given ones, and draws from the prior, all made at once."""
@@ -534,28 +592,14 @@ def _draw_latents(posterior: Posterior, num_latents: int, seed: int, first_row: 
     return posterior.mean[:, None] + scale * standard, standard
 
 
-def _observe(mean: Float32, seed: int, rows: RowNumbers) -> Float32:
-    size = mean[0].size
-    if isinstance(rows, tuple):
-        unit = noise.uniform(seed, len(mean), size, first_row=rows[0])
-    else:
-        unit = noise.uniform_at(np.full(1, seed, np.uint64), rows, size)
-    return (unit.reshape(mean.shape) < mean).astype(np.float32)
-
-
 def _score(
-    pixels: Rows, posterior: Posterior, standard: Float32, latents: Float32, logits: Float32, bound: Bound
+    posterior: Posterior,
+    standard: Float32,
+    latents: Float32,
+    log_likelihood: NDArray[np.float64],
+    bound: Bound,
 ) -> Scores:
-    """Return scores of pixels (n, ...), given noise and latents (n, k, dim) and logits (n * k, ...).
-
-    log p(x | z) of a Bernoulli with logits l is sum(x l - log(1 + exp(l))), which stays finite where the mean
-    rounds to 0 or 1. Sums are taken in float64.
-    """
-    num_rows, num_latents, _ = latents.shape
-    unit = pixels.reshape(num_rows, 1, -1).astype(np.float32) / np.float32(255)
-    logits = logits.reshape(num_rows, num_latents, -1)
-    softplus = np.maximum(logits, 0) + np.log1p(np.exp(-np.abs(logits)))
-    log_likelihood = (unit * logits - softplus).sum(axis=2, dtype=np.float64)
+    """Return scores, given noise and latents (n, k, dim) and log p(x | z) (n, k); sums are taken in float64."""
     mean, log_var = posterior.mean.astype(np.float64), posterior.log_var.astype(np.float64)
     kl = 0.5 * (mean**2 + np.exp(log_var) - 1.0 - log_var).sum(axis=1)
     if bound == "elbo":

@@ -10,7 +10,8 @@ from serving.config import LimitsConfig
 from serving.engine.protocol import Providers
 from serving.errors import EngineUnavailable, MissingField, OutOfRange
 from serving.gateway.calls import Method
-from serving.gateway.operations import Bound, Float32, Operations, Path, choose_seed
+from serving.gateway.operations import Bound, ObservationDraw, Operations, Path, choose_seed
+from serving.likelihoods import Float32
 from serving.tensors import check_type, from_message, to_message, to_output
 from serving.tickets import GENERATION, Ticket
 
@@ -32,6 +33,11 @@ _BOUNDS: Final[dict[int, Bound]] = {
     pb.BOUND_UNSPECIFIED: "elbo",
     pb.BOUND_ELBO: "elbo",
     pb.BOUND_IMPORTANCE_WEIGHTED: "importance-weighted",
+}
+_LIKELIHOODS: Final = {
+    "bernoulli": pb.LIKELIHOOD_BERNOULLI,
+    "gaussian": pb.LIKELIHOOD_GAUSSIAN,
+    "categorical": pb.LIKELIHOOD_CATEGORICAL,
 }
 _FLOATS: Final = frozenset({pb.DATA_TYPE_UNSPECIFIED, pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_FLOAT16})
 _OUTPUTS: Final = _FLOATS | {pb.DATA_TYPE_UINT8}
@@ -78,9 +84,10 @@ class VaeService:
         observes = _observes(request)
         self._operations.check_first_row(request.first_row)
         latents = from_message(request.latents, field="latents")
-        mean = await self._operations.decode(latents, ticket=ticket)
+        draw = _draw(request, len(latents)) if observes else None
+        values = await self._operations.decode(latents, draw=draw, ticket=ticket)
         response = pb.DecodeResponse(model_version=self._version)
-        return await self._reconstructed(response, request, mean, observes=observes)
+        return _reconstructed(response, values, request.output_type, draw)
 
     async def Sample(self, request: pb.SampleRequest, ticket: Ticket) -> pb.SampleResponse:
         """Return draws from the prior, decoded."""
@@ -102,14 +109,15 @@ class VaeService:
         )
 
     async def Reconstruct(self, request: pb.ReconstructRequest, ticket: Ticket) -> pb.ReconstructResponse:
-        """Return the decoded posterior means of data."""
+        """Return the decoded posterior means of data, or observations drawn there."""
         self._operations.check_version(request.model_version)
         observes = _observes(request)
         self._operations.check_first_row(request.first_row)
         data = from_message(request.data, field="data")
-        mean = await self._operations.reconstruct(data, ticket=ticket)
+        draw = _draw(request, len(data)) if observes else None
+        values = await self._operations.reconstruct(data, draw=draw, ticket=ticket)
         response = pb.ReconstructResponse(model_version=self._version)
-        return await self._reconstructed(response, request, mean, observes=observes)
+        return _reconstructed(response, values, request.output_type, draw)
 
     async def Interpolate(self, request: pb.InterpolateRequest, ticket: Ticket) -> pb.InterpolateResponse:
         """Return decoded points between two ends."""
@@ -192,7 +200,8 @@ class VaeService:
             model_version=manifest.version,
             data_shape=manifest.data_shape,
             latent_dim=manifest.latent_dim,
-            likelihood=pb.LIKELIHOOD_BERNOULLI,
+            likelihood=_LIKELIHOODS[manifest.likelihood],
+            num_levels=manifest.num_levels or 0,
             prior=manifest.prior,
             noise_algorithm=noise.ALGORITHM,
             dataset=manifest.dataset.name,
@@ -208,22 +217,6 @@ class VaeService:
             encoder_provider=self.providers.encoder,
             decoder_provider=self.providers.decoder,
         )
-
-    async def _reconstructed(
-        self,
-        response: ReconstructionT,
-        request: pb.DecodeRequest | pb.ReconstructRequest,
-        mean: Float32,
-        *,
-        observes: bool,
-    ) -> ReconstructionT:
-        """Return the response with means of p(x | z), or with draws and their seed."""
-        if observes:
-            response.seed = _seed(request)
-            rows = request.first_row, len(mean)
-            mean = await self._operations.observe(mean, response.seed, rows=rows)
-        response.reconstruction.CopyFrom(_message(mean, request.output_type))
-        return response
 
     def methods(self) -> dict[str, Method]:
         """Return every method of the service by its name. What is drawn from the prior is shed first."""
@@ -263,6 +256,21 @@ class _Observing(Protocol):
 def _seed(request: _Seeded) -> int:
     """Return the caller's seed, or one of ours."""
     return request.seed if request.HasField("seed") else choose_seed()
+
+
+def _draw(request: pb.DecodeRequest | pb.ReconstructRequest, num_rows: int) -> ObservationDraw:
+    """Return which observations a request means."""
+    return ObservationDraw(_seed(request), (request.first_row, num_rows))
+
+
+def _reconstructed(
+    response: ReconstructionT, values: Float32, output_type: int, draw: ObservationDraw | None
+) -> ReconstructionT:
+    """Return the response with means of p(x | z), or with draws and their seed."""
+    if draw is not None:
+        response.seed = draw.seed
+    response.reconstruction.CopyFrom(_message(values, output_type))
+    return response
 
 
 def _observes(request: _Observing) -> bool:

@@ -12,9 +12,9 @@ import onnxruntime as ort
 from google.protobuf.message import Message
 
 from protos.vae.v1 import vae_pb2 as pb
-from serving.bundle import Bundle, Manifest
+from serving.bundle import Bundle, DecoderOutput, Manifest
 from serving.config import ServingConfig
-from serving.engine.protocol import DecoderOutput, Posterior, Providers, Rows
+from serving.engine.protocol import Posterior, Providers, Rows
 from serving.errors import EngineUnavailable
 from serving.gateway.server import GatewayServer
 
@@ -54,11 +54,14 @@ class PuppetEngine:
         mean = data.reshape(len(data), -1)[:, : self._manifest.latent_dim].astype(np.float32) / 255
         return Posterior(mean, np.zeros_like(mean))
 
-    async def decode(self, latents: Rows, _timeout_s: float, output: DecoderOutput = "mean") -> Rows:
+    async def decode(
+        self, latents: Rows, _timeout_s: float, outputs: Sequence[DecoderOutput] = ("mean",)
+    ) -> tuple[Rows, ...]:
         """Return means of one half everywhere."""
         await self._obey()
         self.num_decoded += len(latents)
-        return np.full((len(latents), *self._manifest.data_shape), 0.5 if output == "mean" else 0.0, np.float32)
+        shape = len(latents), *self._manifest.data_shape
+        return tuple(np.full(shape, 0.5 if output == "mean" else 0.0, np.float32) for output in outputs)
 
     async def check(self) -> Providers:
         """Answer, unless ill."""
@@ -187,6 +190,6 @@ class Oracle:
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
     def decode(self, latents: Rows, output: DecoderOutput = "mean") -> Rows:
-        """Return means of p(x | z), or their logits."""
+        """Return means of p(x | z), or another output."""
         parts = [self._decoder.run([output], {"latents": latents[i : i + 1]})[0] for i in range(len(latents))]
         return np.concatenate(parts)

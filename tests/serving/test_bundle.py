@@ -16,7 +16,7 @@ import pytest
 from serving import bundle
 from serving.bundle import Bundle
 from serving.errors import BundleError
-from tests.bundles import small_bundle
+from tests.bundles import LikelihoodName, small_bundle
 
 FILES = ("encoder.onnx", "decoder.onnx", "manifest.json")
 
@@ -71,6 +71,25 @@ def test_what_is_written_is_read(folder: Path, small: Bundle) -> None:
     """Manifest and both graphs come back as they went."""
     assert bundle.read(str(folder)) == small
     assert bundle.Manifest.parse(json.loads(small.manifest.to_json())) == small.manifest
+
+
+def test_a_manifest_from_before_other_likelihoods_is_read(folder: Path, small: Bundle) -> None:
+    """A Bernoulli's manifest has the keys that it always had: old bundles load here, and new ones there."""
+    written = json.loads((folder / bundle.MANIFEST).read_text())
+    assert "num_levels" not in written
+    assert written["likelihood"] == "bernoulli"
+    _edit(folder, lambda manifest: manifest.pop("likelihood"))
+    assert bundle.read(str(folder)) == small
+
+
+@pytest.mark.parametrize(("likelihood", "num_levels"), [("gaussian", None), ("categorical", 5)])
+def test_other_likelihoods_come_back_as_they_went(
+    likelihood: LikelihoodName, num_levels: int | None, tmp_path: Path
+) -> None:
+    """Family and levels are part of the manifest, and are read as they were written."""
+    folder = small_bundle(tmp_path / "b", likelihood=likelihood, num_levels=num_levels)
+    manifest = bundle.read(str(folder)).manifest
+    assert (manifest.likelihood, manifest.num_levels) == (likelihood, num_levels)
 
 
 def test_the_version_is_a_digest_of_both_graphs(small: Bundle) -> None:
@@ -158,7 +177,15 @@ def test_graphs_swapped_in_the_manifest_are_refused(folder: Path) -> None:
         (lambda m: m.update(data_shape=[10**6, 10**6]), "data_shape"),
         (lambda m: m.update(latent_dim=0), "latent_dim"),
         (lambda m: m.update(prior="laplace"), "prior"),
-        (lambda m: m.update(likelihood="gaussian"), "likelihood"),
+        (lambda m: m.update(likelihood="laplace"), "likelihood"),
+        (lambda m: m.update(likelihood="categorical"), "num_levels is for a categorical likelihood"),
+        (lambda m: m.update(num_levels=16), "num_levels is for a categorical likelihood, which needs it"),
+        (lambda m: m.update(likelihood="categorical", num_levels=1), "num_levels"),
+        (lambda m: m.update(likelihood="categorical", num_levels=257), "num_levels"),
+        (
+            lambda m: m.update(likelihood="categorical", num_levels=256, data_shape=[2**17]),
+            "at most 16777216 elements",
+        ),
         (lambda m: m.pop("golden"), "golden: Field required"),
     ],
 )

@@ -177,6 +177,22 @@ def test_a_manifest_that_does_not_fit_its_graph_is_refused(
         _load(_changed(small, **values), graph)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"likelihood": "gaussian"}, "a gaussian likelihood needs the decoder's log_var"),
+        (
+            {"likelihood": "categorical", "num_levels": 5},
+            r"logits has rows of shape \(1, 4, 4\), expected \(5, 1, 4, 4\) for a categorical likelihood",
+        ),
+    ],
+)
+def test_a_decoder_of_another_likelihood_is_refused(small: Bundle, values: dict[str, Any], message: str) -> None:
+    """A decoder whose outputs are not the parameters that the manifest names would score wrongly: not served."""
+    with pytest.raises(BundleError, match=message + ".*; export it again"):
+        _load(_changed(small, **values), "decoder")
+
+
 @pytest.mark.parametrize("key", ["inputs", "outputs"])
 def test_names_that_the_graph_does_not_have_are_refused(small: Bundle, key: str) -> None:
     """A manifest that names other inputs or outputs than the graph is a BundleError."""

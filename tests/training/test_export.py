@@ -10,14 +10,16 @@ import torch
 
 from serving import bundle
 from serving.errors import BundleError
-from training import checkpoint, parity
+from training import checkpoint, parity, presets
+from training.checkpoint import RunFolder
 from training.data import Dataset
 from training.errors import ParityFailed
-from training.evaluate import Evaluation
+from training.evaluate import Evaluation, evaluate_run
 from training.export import export
 from training.graphs import Graph
+from training.trainer import fit
 
-from .conftest import ROOT, SmokeRun
+from .conftest import CPU, ROOT, SmokeRun
 
 _ANSWER_WITHOUT_TORCH = """
 import sys
@@ -114,6 +116,56 @@ def test_folder_of_somebody_else_is_not_replaced(
     with pytest.raises(BundleError, match="it exists and is not a bundle"):
         export(smoke_run.folder, digits, evaluation, tmp_path)
     assert (tmp_path / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "outputs", "words"),
+    [
+        (
+            ["model.likelihood=gaussian"],
+            ("mean", "log_var"),
+            (
+                "independent Gaussian pixels with one learned variance",
+                "Binarisation: none: data are intensities, pixel / 255",
+                "Its logarithm may be positive",
+                "`mean` (batch, 1, 8, 8), `log_var` (batch, 1, 1, 1), mean in [0, 1]",
+                'mean, log_var = decoder.run(["mean", "log_var"]',
+                "vae-train fit smoke --set 'model.likelihood=\"gaussian\"'",
+            ),
+        ),
+        (
+            ["model.likelihood=categorical", "model.num_levels=17"],
+            ("logits", "mean"),
+            (
+                "independent categorical pixels, 17 equally spaced levels",
+                "Binarisation: none: data are the nearest of 17 equally spaced intensities",
+                "`logits` (batch, 17, 1, 8, 8), `mean` (batch, 1, 8, 8)",
+                "each pixel on its nearest level",
+            ),
+        ),
+    ],
+    ids=["gaussian", "categorical"],
+)
+def test_other_likelihoods_are_exported(
+    changes: list[str], outputs: tuple[str, ...], words: tuple[str, ...], digits: Dataset, tmp_path: Path
+) -> None:
+    """Manifest, known answers and card name the likelihood, its outputs, its data and its units."""
+    config, run = presets.smoke().override(changes), RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    fit(config, digits._replace(train=digits.train[:512]), run, device=CPU)
+    evaluation = evaluate_run(run, digits, config.evaluation, device=CPU)
+    manifest = export(run, digits, evaluation, tmp_path / "bundle")
+    assert bundle.read(str(tmp_path / "bundle")).manifest == manifest
+    expected = config.model.num_levels if config.model.likelihood == "categorical" else None
+    assert (manifest.likelihood, manifest.num_levels) == (config.model.likelihood, expected)
+    assert manifest.decoder.outputs == outputs
+    assert [answer.output for answer in manifest.golden if answer.graph == "decoder"] == list(outputs)
+    assert {f"{answer.graph}.{answer.output}" for answer in manifest.golden} == set(manifest.parity)
+    card = (tmp_path / "bundle" / bundle.MODEL_CARD).read_text()
+    one_line = " ".join(card.split())
+    assert [word for word in words if word not in one_line] == []
+    assert "Bernoulli" not in card
+    assert "{" not in card.split("```")[0]
 
 
 def test_served_encoder_takes_pixel_units(

@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
 
-from training import graphs
+from training import graphs, parity, presets
 from training.errors import GraphRejected
 from training.graphs import Graph
 from training.models.vae import VAE
+from training.noise import Stream, TrainingStream, generator, normal
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,58 @@ def test_names_and_shapes_are_those_of_the_contract(both: dict[str, onnx.ModelPr
         "decoder.logits": ["batch", 1, 8, 8],
         "decoder.mean": ["batch", 1, 8, 8],
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "outputs"),
+    [
+        (["likelihood=gaussian"], {"mean": ["batch", 1, 2, 2], "log_var": ["batch", 1, 1, 1]}),
+        (
+            ["likelihood=categorical", "num_levels=5"],
+            {"logits": ["batch", 5, 1, 2, 2], "mean": ["batch", 1, 2, 2]},
+        ),
+    ],
+)
+def test_outputs_are_those_of_the_likelihood(changes: list[str], outputs: dict[str, list[str | int]]) -> None:
+    """The mean has the shape of data, whatever the likelihood; its parameters have their own names and shapes."""
+    graph = graphs.decoder_graph(_vae(changes, (1, 2, 2)))
+    model = onnx.load_model_from_string(graph.content)
+    found = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in model.graph.output
+    }
+    assert found == outputs
+    assert graph.outputs == tuple(outputs)
+
+
+def test_the_encoder_moves_pixels_to_their_levels(seed: int) -> None:
+    """Raw pixels of one level have the same posterior, and that of another level is another one."""
+    graph = graphs.encoder_graph(_vae(["likelihood=categorical", "num_levels=5"], (1, 2, 2)))
+    pixels = np.random.default_rng(seed).integers(0, 256, (50, 1, 2, 2)).astype(np.float32)
+    levels = np.rint(pixels / 255 * 4)
+    session = parity.Session(graph)
+    np.testing.assert_array_equal(session.run(pixels)["mean"], session.run(levels * np.float32(255 / 4))["mean"])
+    assert not np.array_equal(session.run(pixels)["mean"], session.run(255 - pixels)["mean"])
+
+
+@pytest.mark.parametrize(
+    ("num_levels", "data_shape"), [(17, (3, 5, 7)), (17, (1, 1, 1)), (256, (1, 8, 8)), (2, (30,))]
+)
+def test_rows_of_levels_are_bit_equal_alone_and_together(num_levels: int, data_shape: tuple[int, ...]) -> None:
+    """ONNX Runtime sums over levels in an order that depends on the batch: the graph must not ask it to."""
+    vae = _vae(["likelihood=categorical", f"num_levels={num_levels}"], data_shape)
+    graph = graphs.decoder_graph(vae)
+    latents = normal(0, 65, vae.latent_dim, stream=Stream.PRIOR).numpy()
+    parity.require_batch_independence(graph, latents[:64])
+    parity.require_parity(graph, graphs.MeanDecoder(vae.decoder), latents)
+    mean = parity.Session(graph).run(latents)["mean"]
+    assert ((mean >= 0) & (mean <= 1)).all()
+
+
+def _vae(changes: list[str], data_shape: tuple[int, ...]) -> VAE:
+    """Return an untrained model with another likelihood."""
+    config = presets.smoke().model.override(["latent_dim=2", "hidden_dims=[5]", *changes])
+    return VAE(config, data_shape, generator(0, TrainingStream.INIT)).requires_grad_(requires_grad=False)
 
 
 def test_operator_set_is_the_documented_one(both: dict[str, onnx.ModelProto]) -> None:

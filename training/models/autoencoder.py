@@ -27,13 +27,19 @@ class Autoencoder(nn.Module):
     configuration and generator give the same initial weights as `VAE`.
 
     Args:
-        config: Sizes of the networks.
+        config: Sizes of the networks. Of the likelihood only the form of the decoder's answer matters: one number
+            per pixel, as for a Bernoulli or a Gaussian.
         data_shape: Shape of one row of data.
         generator: Source of the initial weights.
+
+    Raises:
+        ValueError: If the likelihood is categorical.
     """
 
     def __init__(self, config: ModelConfig, data_shape: tuple[int, ...], generator: torch.Generator) -> None:
         super().__init__()
+        if config.likelihood == "categorical":
+            raise ValueError("likelihood: an autoencoder answers one number per pixel; set bernoulli or gaussian")
         self.data_shape, self.latent_dim = data_shape, config.latent_dim
         self.encoder = Encoder(config, data_shape, generator)
         self.decoder = Decoder(config, data_shape, generator)

@@ -69,7 +69,7 @@ class _ObservationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Observati
     OBSERVATION_MEAN: _Observation.ValueType  # 1
     """Mean of p(x | z)."""
     OBSERVATION_SAMPLE: _Observation.ValueType  # 2
-    """One draw from p(x | z)."""
+    """One draw from p(x | z), in [0, 1]; what values it has says Likelihood."""
 
 class Observation(_Observation, metaclass=_ObservationEnumTypeWrapper):
     """Names what is returned of the likelihood p(x | z)."""
@@ -79,7 +79,7 @@ OBSERVATION_UNSPECIFIED: Observation.ValueType  # 0
 OBSERVATION_MEAN: Observation.ValueType  # 1
 """Mean of p(x | z)."""
 OBSERVATION_SAMPLE: Observation.ValueType  # 2
-"""One draw from p(x | z)."""
+"""One draw from p(x | z), in [0, 1]; what values it has says Likelihood."""
 Global___Observation: _TypeAlias = Observation  # noqa: Y015
 
 class _Interpolation:
@@ -139,15 +139,37 @@ class _LikelihoodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Likelihood
     LIKELIHOOD_UNSPECIFIED: _Likelihood.ValueType  # 0
     """Not given; never sent."""
     LIKELIHOOD_BERNOULLI: _Likelihood.ValueType  # 1
-    """Independent Bernoulli pixels."""
+    """Bernoulli: binary pixels. Draws are zeros and ones. In Score an intensity between zero and one counts as the
+    chance of a one: the log-likelihood is then its expectation over binarised data.
+    """
+    LIKELIHOOD_GAUSSIAN: _Likelihood.ValueType  # 2
+    """Gaussian: a density over intensities in units of [0, 1], with a learned variance. Draws are clipped to [0, 1],
+    where intensities are; the density that Score evaluates is not. A bound belongs to its units: of values in
+    [0, 255] it would be smaller by the logarithm of 255 for each pixel.
+    """
+    LIKELIHOOD_CATEGORICAL: _Likelihood.ValueType  # 3
+    """Categorical: each pixel is on one of `num_levels` equally spaced intensities, 0 and 1 included. Draws are on
+    them. In Score and Encode an intensity counts as its nearest level.
+    """
 
 class Likelihood(_Likelihood, metaclass=_LikelihoodEnumTypeWrapper):
-    """Names the family of p(x | z)."""
+    """Names the family of p(x | z). Pixels are independent given z, and their mean is an intensity in [0, 1]."""
 
 LIKELIHOOD_UNSPECIFIED: Likelihood.ValueType  # 0
 """Not given; never sent."""
 LIKELIHOOD_BERNOULLI: Likelihood.ValueType  # 1
-"""Independent Bernoulli pixels."""
+"""Bernoulli: binary pixels. Draws are zeros and ones. In Score an intensity between zero and one counts as the
+chance of a one: the log-likelihood is then its expectation over binarised data.
+"""
+LIKELIHOOD_GAUSSIAN: Likelihood.ValueType  # 2
+"""Gaussian: a density over intensities in units of [0, 1], with a learned variance. Draws are clipped to [0, 1],
+where intensities are; the density that Score evaluates is not. A bound belongs to its units: of values in
+[0, 255] it would be smaller by the logarithm of 255 for each pixel.
+"""
+LIKELIHOOD_CATEGORICAL: Likelihood.ValueType  # 3
+"""Categorical: each pixel is on one of `num_levels` equally spaced intensities, 0 and 1 included. Draws are on
+them. In Score and Encode an intensity counts as its nearest level.
+"""
 Global___Likelihood: _TypeAlias = Likelihood  # noqa: Y015
 
 class _ErrorReason:
@@ -769,8 +791,8 @@ class ScoreRequest(_message.Message):
     """Version the model must have, as in GetModelResponse. Any version serves if empty; NOT_FOUND otherwise."""
     @_builtins.property
     def data(self) -> Global___Tensor:
-        """Rows of data, shape (rows, *data_shape), float32 in [0, 1] or uint8 in 255ths. Required. An intensity between
-        zero and one counts as the chance of a one: the log-likelihood is then its expectation over binarised data.
+        """Rows of data, shape (rows, *data_shape), float32 in [0, 1] or uint8 in 255ths. Required. What an intensity
+        counts as depends on the likelihood of the model, see Likelihood.
         """
 
     def __init__(
@@ -795,7 +817,10 @@ Global___ScoreRequest: _TypeAlias = ScoreRequest  # noqa: Y015
 
 @_typing.final
 class ScoreResponse(_message.Message):
-    """Holds bounds on log p(x), float32, in nats."""
+    """Holds bounds on log p(x), float32, in nats. p(x) is a probability, so that bounds are not positive, but for a
+    Gaussian likelihood: there it is a density over intensities in [0, 1], and bounds may have either sign. Bounds of
+    models with different likelihoods are of different data and cannot be compared.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -997,6 +1022,7 @@ class GetModelResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     ENCODER_PROVIDER_FIELD_NUMBER: _builtins.int
     DECODER_PROVIDER_FIELD_NUMBER: _builtins.int
+    NUM_LEVELS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model, chosen when it was exported."""
     model_version: _builtins.str
@@ -1015,6 +1041,8 @@ class GetModelResponse(_message.Message):
     """ONNX Runtime execution provider that runs the encoder, such as "CPUExecutionProvider"."""
     decoder_provider: _builtins.str
     """ONNX Runtime execution provider that runs the decoder."""
+    num_levels: _builtins.int
+    """Levels of a categorical likelihood, in [2, 256]. Zero for the other likelihoods."""
     @_builtins.property
     def data_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Shape of one row of data."""
@@ -1042,10 +1070,11 @@ class GetModelResponse(_message.Message):
         limits: Global___Limits | None = ...,
         encoder_provider: _builtins.str = ...,
         decoder_provider: _builtins.str = ...,
+        num_levels: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_shape", b"data_shape", "dataset", b"dataset", "decoder_provider", b"decoder_provider", "encoder_provider", b"encoder_provider", "latent_dim", b"latent_dim", "likelihood", b"likelihood", "limits", b"limits", "metrics", b"metrics", "model_version", b"model_version", "name", b"name", "noise_algorithm", b"noise_algorithm", "prior", b"prior"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_shape", b"data_shape", "dataset", b"dataset", "decoder_provider", b"decoder_provider", "encoder_provider", b"encoder_provider", "latent_dim", b"latent_dim", "likelihood", b"likelihood", "limits", b"limits", "metrics", b"metrics", "model_version", b"model_version", "name", b"name", "noise_algorithm", b"noise_algorithm", "num_levels", b"num_levels", "prior", b"prior"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,7 +23,7 @@ async def test_answers_are_those_of_the_runtime(small: Bundle, bundle_dir: Path)
     np.testing.assert_array_equal(posterior.mean, encoder.run(data, ["mean"])[0])
     np.testing.assert_array_equal(posterior.log_var, encoder.run(data, ["log_var"])[0])
     np.testing.assert_array_equal(
-        await engine.decode(posterior.mean, 60.0), decoder.run(posterior.mean, ["mean"])[0]
+        (await engine.decode(posterior.mean, 60.0))[0], decoder.run(posterior.mean, ["mean"])[0]
     )
     await engine.close()
 
@@ -32,7 +32,9 @@ async def test_logits_belong_to_the_means(small: Bundle, bundle_dir: Path) -> No
     """The decoder gives either output on request: the mean is the logistic function of the logits."""
     engine = InProcessEngine(small, ServingConfig(bundle=str(bundle_dir)))
     latents = np.linspace(-3, 3, 10, dtype=np.float32).reshape(5, 2)
-    mean, logits = await engine.decode(latents, 60.0), await engine.decode(latents, 60.0, "logits")
+    (mean,), (logits,) = await engine.decode(latents, 60.0), await engine.decode(latents, 60.0, ("logits",))
+    both = await engine.decode(latents, 60.0, ("logits", "mean"))
+    assert [values.tobytes() for values in both] == [logits.tobytes(), mean.tobytes()]
     np.testing.assert_allclose(mean, 1 / (1 + np.exp(-logits.astype(np.float64))), rtol=0, atol=2e-7)
     await engine.close()
 
@@ -41,7 +43,8 @@ async def test_rows_that_waited_too_long_for_a_thread_are_not_run(small: Bundle,
     """A run whose time is over when its turn comes ends as DEADLINE_EXCEEDED; the next one is served."""
     engine = InProcessEngine(small, ServingConfig(bundle=str(bundle_dir)))
     data, latents = np.zeros((2, 1, 4, 4), np.uint8), np.zeros((2, 2), np.float32)
-    for late in (engine.encode(data, -1.0), engine.decode(latents, -1.0), engine.decode(latents, -1.0, "logits")):
+    calls = engine.encode(data, -1.0), engine.decode(latents, -1.0), engine.decode(latents, -1.0, ("logits",))
+    for late in calls:
         with pytest.raises(DeadlineExceeded, match="the deadline passed"):
             await late
     assert len((await engine.encode(data, 60.0)).mean) == 2

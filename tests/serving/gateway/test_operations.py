@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,18 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from serving import errors, noise
-from serving.bundle import Bundle
+from serving.bundle import Bundle, DecoderOutput
 from serving.engine.in_process import InProcessEngine
-from serving.engine.protocol import DecoderOutput, Posterior, Rows
-from serving.gateway.operations import Bound, Chunk, Operations, Scores, choose_seed, interpolate_latents
+from serving.engine.protocol import Posterior, Rows
+from serving.gateway.operations import (
+    Bound,
+    Chunk,
+    ObservationDraw,
+    Operations,
+    Scores,
+    choose_seed,
+    interpolate_latents,
+)
 from serving.tickets import Ticket
 from tests.serving.harness import Oracle, PuppetEngine, eventually, settings
 
@@ -128,7 +136,7 @@ async def test_temperature_scales_the_latents(operations: Operations, seed: int)
 async def test_observations_are_drawn_from_the_means(operations: Operations, seed: int) -> None:
     """Observations are zeros and ones whose frequency is the mean, pixel by pixel."""
     mean = np.linspace(0, 1, 16, dtype=np.float32).reshape(1, 1, 4, 4)
-    observed = await operations.observe(np.repeat(mean, 4000, axis=0), seed)
+    observed = await operations.observe((np.repeat(mean, 4000, axis=0),), ObservationDraw(seed))
     assert set(np.unique(observed)) == {0.0, 1.0}
     five_sigma = 5 * 0.5 / math.sqrt(4000)
     np.testing.assert_allclose(observed.mean(axis=0), mean[0], atol=five_sigma)
@@ -662,12 +670,14 @@ async def test_more_latents_tighten_the_bound(
 class SaturatedEngine(PuppetEngine):
     """A decoder that is as sure as it can be: logits of +-200, whose means round to zero and one."""
 
-    async def decode(self, latents: Rows, timeout_s: float, output: DecoderOutput = "mean") -> Rows:
+    async def decode(
+        self, latents: Rows, timeout_s: float, outputs: Sequence[DecoderOutput] = ("mean",)
+    ) -> tuple[Rows, ...]:
         """Return the same for every row: half of the pixels on, half off."""
-        rows = await super().decode(latents, timeout_s, output)
-        logits = np.where(np.arange(rows[0].size) % 2, 200.0, -200.0).reshape(rows.shape[1:])
-        values = logits if output == "logits" else special.expit(logits)
-        return np.broadcast_to(values, rows.shape).astype(np.float32)
+        shape = (await super().decode(latents, timeout_s, outputs))[0].shape
+        logits = np.where(np.arange(math.prod(shape[1:])) % 2, 200.0, -200.0).reshape(shape[1:])
+        values = {"logits": logits, "mean": special.expit(logits)}
+        return tuple(np.broadcast_to(values[output], shape).astype(np.float32) for output in outputs)
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
@@ -767,7 +777,10 @@ async def test_the_event_loop_turns_while_much_is_computed(operations: Operation
     """Noise and scores of many numbers are made in threads: other calls are answered meanwhile."""
     mean = np.full((500, 28, 28), 0.5, np.float32)
     posterior = Posterior(np.zeros((2000, 32), np.float32), np.zeros((2000, 32), np.float32))
-    for slow in (operations.observe(mean, seed), operations.draw_latents(posterior, 8, seed)):
+    for slow in (
+        operations.observe((mean,), ObservationDraw(seed)),
+        operations.draw_latents(posterior, 8, seed),
+    ):
         task, num_turns = asyncio.ensure_future(slow), 0
         while not task.done():
             await asyncio.sleep(0)
@@ -779,5 +792,6 @@ async def test_the_event_loop_turns_while_much_is_computed(operations: Operation
 async def test_threads_and_the_loop_compute_the_same(operations: Operations, seed: int) -> None:
     """Where it is computed does not show: the first rows of a large draw are those of a small one."""
     large = np.linspace(0, 1, 300 * 784, dtype=np.float32).reshape(300, 784)
-    many, few = await operations.observe(large, seed), await operations.observe(large[:3], seed)
+    draw = ObservationDraw(seed)
+    many, few = await operations.observe((large,), draw), await operations.observe((large[:3],), draw)
     assert many[:3].tobytes() == few.tobytes()

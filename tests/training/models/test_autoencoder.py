@@ -54,6 +54,15 @@ def trained(train: Tensor) -> Trained:
     return Trained(autoencoder, vae)
 
 
+def test_a_categorical_likelihood_is_refused(source: torch.Generator) -> None:
+    """Logits of levels are no pixels: the error names what to set. A Gaussian's networks are as good as any."""
+    config = ModelConfig(latent_dim=2, hidden_dims=(5,), likelihood="categorical")
+    with pytest.raises(ValueError, match="set bernoulli or gaussian"):
+        Autoencoder(config, (1, 2, 2), source)
+    gaussian = Autoencoder(CONFIG.model_copy(update={"likelihood": "gaussian"}), (1, 2, 2), source)
+    assert gaussian.reconstruct(torch.rand((3, 1, 2, 2), generator=source)).shape == (3, 1, 2, 2)
+
+
 @pytest.fixture
 def small(source: torch.Generator) -> Autoencoder:
     """Return an untrained autoencoder of 2x2 pixels."""
