@@ -19,8 +19,8 @@ from torch import Tensor
 from training import own_data
 from training.config import DataConfig
 from training.download import Progress, RemoteFile, fetch, unpack
-from training.errors import DataCorrupt, UnknownName
-from training.idx import parse_images
+from training.errors import DataCorrupt, LabelsMissing, UnknownName
+from training.idx import Labels, parse_images, parse_labels
 from training.noise import Stream, uniform
 from training.own_data import OwnImages
 
@@ -34,7 +34,19 @@ Pixels = NDArray[np.uint8]
 
 MAX_PIXEL: Final = 255
 
+_BYTES: Final = 8
+"""Of a random word."""
+
+_WORDS_PER_SPARE: Final = 24
+"""One word in 32 is rejected; with this many spare ones, and a few more for small draws, one draw is enough."""
+
+_SPARE_WORDS: Final = 64
+
+_LOWEST: Final = -(2**63)
+_EACH_ONE: Final = 0x0101010101010101
+_EACH_HIGHEST: Final = 0x8080808080808080 - 2**64
 _DIGITS_SHA256: Final = "8f26b2bd9d135c256808f68f14fdabddde6d9c7f869ae419704b051f0f14b3b3"
+_DIGITS_LABELS_SHA256: Final = "8ba4f891220f5e4c9c819638d1602d74b83618f167043c6da52a2a247841ddf0"
 _DIGITS_HELD_OUT: Final = 250
 _DIGITS_LEVELS: Final = 16
 _OWN_HELD_OUT: Final = 0.1
@@ -49,6 +61,7 @@ class Source(NamedTuple):
     num_rows: tuple[int, int, int]
     licence: str
     files: tuple[RemoteFile, ...] = ()
+    label_files: tuple[RemoteFile, ...] = ()
     mirrors: tuple[str, ...] = ()
 
 
@@ -76,6 +89,18 @@ SOURCES: Final[dict[str, Source]] = {
                 "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
             ),
         ),
+        label_files=(
+            RemoteFile(
+                "train-labels-idx1-ubyte",
+                60_008,
+                "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            ),
+            RemoteFile(
+                "t10k-labels-idx1-ubyte",
+                10_008,
+                "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+            ),
+        ),
         mirrors=(
             "https://storage.googleapis.com/cvdf-datasets/mnist/",
             "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -96,6 +121,18 @@ SOURCES: Final[dict[str, Source]] = {
                 "t10k-images-idx3-ubyte",
                 7_840_016,
                 "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            ),
+        ),
+        label_files=(
+            RemoteFile(
+                "train-labels-idx1-ubyte",
+                60_008,
+                "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            ),
+            RemoteFile(
+                "t10k-labels-idx1-ubyte",
+                10_008,
+                "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
             ),
         ),
         # Plain HTTP: the digest is the protection.
@@ -123,6 +160,18 @@ class Dataset(NamedTuple):
 
     def rows(self, split: SplitName) -> Pixels:
         """Return the rows of one split."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[split]
+
+
+class SplitLabels(NamedTuple):
+    """Class of every row of a data set: uint8 from 0, shape (n,) for each split, in the order of its rows."""
+
+    train: Labels
+    validation: Labels
+    test: Labels
+
+    def of(self, split: SplitName) -> Labels:
+        """Return the labels of one split."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[split]
 
 
@@ -178,6 +227,33 @@ def load(
     return loaded._replace(train=loaded.train[: config.max_train_rows])
 
 
+def load_labels(
+    config: DataConfig,
+    *,
+    data_dir: Path | None = None,
+    mirrors: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> SplitLabels:
+    """Return the class of every row that `load` returns for the same configuration; arguments as there.
+
+    Raises:
+        LabelsMissing: If the data set has none.
+        DataCorrupt: If a file is not the official one.
+        DownloadFailed: If a file is absent and no mirror gives it.
+        DataMissing: If a file is absent and its folder cannot be written.
+    """
+    if config.name == OWN:
+        raise LabelsMissing(described(config).title)
+    if config.name == "digits":
+        found = _load_digits_labels(config.split_seed)
+    else:
+        files = source(config.name).label_files
+        train, test = _contents(files, config.name, data_dir or cache_folder(), mirrors, progress)
+        of_train, of_test = (parse_labels(content, file=path) for path, content in (train, test))
+        found = SplitLabels(of_train[:-_IDX_VALIDATION], of_train[-_IDX_VALIDATION:], of_test)
+    return found._replace(train=found.train[: config.max_train_rows])
+
+
 def cache_folder() -> Path:
     """Return where downloads go: $XDG_CACHE_HOME/vae-serving, or ~/.cache/vae-serving."""
     base = os.environ.get("XDG_CACHE_HOME")
@@ -196,10 +272,12 @@ def binarise(pixels: Tensor, generator: torch.Generator) -> Tensor:
         tensor([0., 1.])
     """
     # Integers below 255 compare below a pixel in exactly pixel of 255 cases; no rounding, one byte a pixel.
-    threshold = torch.randint(
-        0, MAX_PIXEL, pixels.shape, dtype=torch.uint8, device=pixels.device, generator=generator
-    )
-    return (threshold < pixels).float()
+    if pixels.device.type == "cpu":
+        threshold = _bytes_below_255(pixels.numel(), generator).view(pixels.shape)
+    else:
+        shape, device = pixels.shape, pixels.device
+        threshold = torch.randint(0, MAX_PIXEL, shape, dtype=torch.uint8, device=device, generator=generator)
+    return torch.lt(threshold, pixels, out=torch.empty(pixels.shape, device=pixels.device))
 
 
 def binarise_rows(pixels: Pixels, *, seed: int, first_row: int = 0) -> Tensor:
@@ -216,13 +294,42 @@ def binarise_rows(pixels: Pixels, *, seed: int, first_row: int = 0) -> Tensor:
     return torch.from_numpy((unit * np.float32(MAX_PIXEL) < flat).astype(np.float32)).view(pixels.shape)
 
 
+def _bytes_below_255(num: int, generator: torch.Generator) -> Tensor:
+    """Return integers uniform on [0, 255), uint8, shape (num,): as `torch.randint` does, in a third of the time.
+
+    Random words of eight bytes; those with a byte of 255 are rejected as a whole, which leaves the bytes of the
+    others uniform and independent.
+    """
+    num_words = -(-num // _BYTES)
+    num_drawn = num_words + num_words // _WORDS_PER_SPARE + _SPARE_WORDS
+    words = torch.empty(num_drawn, dtype=torch.int64).random_(_LOWEST, None, generator=generator)
+    # The highest bit of a byte is marked where the complement's byte is zero: there the subtraction borrows.
+    marks = words.bitwise_not().sub_(_EACH_ONE).bitwise_and_(words).bitwise_and_(_EACH_HIGHEST)
+    kept = words.masked_select(marks == 0).view(torch.uint8)
+    if len(kept) < num:
+        kept = torch.cat((kept, _bytes_below_255(num - len(kept), generator)))
+    return kept[:num]
+
+
 def _load_digits(split_seed: int) -> Dataset:
     values = load_digits().data.astype(np.uint8)
-    actual = hashlib.sha256(values.tobytes()).hexdigest()
-    if actual != _DIGITS_SHA256:
-        raise DataCorrupt(file="scikit-learn digits", expected=_DIGITS_SHA256, actual=actual)
+    actual = _verified(values, _DIGITS_SHA256, file="scikit-learn digits")
     pixels = np.rint(values * (MAX_PIXEL / _DIGITS_LEVELS)).astype(np.uint8).reshape(-1, 1, 8, 8)
     return _split("digits", pixels, actual, split_seed, num_held_out=_DIGITS_HELD_OUT)
+
+
+def _load_digits_labels(split_seed: int) -> SplitLabels:
+    labels = load_digits().target.astype(np.uint8)
+    _verified(labels, _DIGITS_LABELS_SHA256, file="scikit-learn digits, labels")
+    return SplitLabels(*_cut(labels, split_seed, num_held_out=_DIGITS_HELD_OUT))
+
+
+def _verified(values: NDArray[np.uint8], expected: str, *, file: str) -> str:
+    """Return the digest of an array if it is the expected one."""
+    actual = hashlib.sha256(values.tobytes()).hexdigest()
+    if actual != expected:
+        raise DataCorrupt(file=file, expected=expected, actual=actual)
+    return actual
 
 
 def split_own(images: OwnImages, config: DataConfig) -> Dataset:
@@ -238,40 +345,57 @@ def split_own(images: OwnImages, config: DataConfig) -> Dataset:
 
 def _split(name: str, pixels: Pixels, sha256: str, split_seed: int, *, num_held_out: int) -> Dataset:
     """Shuffle rows by a seed and hold out as many for validation as for the test."""
-    # Not the stream of binarisation: the place of a row must say nothing about its pixels.
-    keys = uniform(split_seed, len(pixels), 1, stream=Stream.PRIOR)[:, 0].numpy()
-    order = np.argsort(keys, kind="stable")
-    shuffled = pixels[order]
-    first, second = len(pixels) - 2 * num_held_out, len(pixels) - num_held_out
+    train, validation, test = _cut(pixels, split_seed, num_held_out=num_held_out)
     return Dataset(
         name=name,
-        train=shuffled[:first],
-        validation=shuffled[first:second],
-        test=shuffled[second:],
+        train=train,
+        validation=validation,
+        test=test,
         sha256=sha256,
-        split=f"shuffled by seed {split_seed}; first {first} train, then {second - first} validation, "
-        f"last {len(pixels) - second} test",
+        split=f"shuffled by seed {split_seed}; first {len(train)} train, then {len(validation)} validation, "
+        f"last {len(test)} test",
     )
 
 
+def _cut(
+    rows: NDArray[np.uint8], split_seed: int, *, num_held_out: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return rows, or labels of rows, of the three splits: which goes where depends on number and seed alone."""
+    # Not the stream of binarisation: the place of a row must say nothing about its pixels.
+    keys = uniform(split_seed, len(rows), 1, stream=Stream.PRIOR)[:, 0].numpy()
+    shuffled = rows[np.argsort(keys, kind="stable")]
+    first, second = len(rows) - 2 * num_held_out, len(rows) - num_held_out
+    return shuffled[:first], shuffled[first:second], shuffled[second:]
+
+
 def _load_idx(name: str, data_dir: Path, mirrors: Sequence[str] | None, progress: Progress | None) -> Dataset:
-    known = source(name)
-    train_file, test_file = known.files
-    contents = {}
-    for file in known.files:
-        path = _find(file, data_dir, name)
-        if path is None:
-            path = fetch(file, data_dir / name, known.mirrors if mirrors is None else mirrors, progress=progress)
-        contents[file] = parse_images(unpack(path, file), file=str(path))
-    images = contents[train_file]
+    files = source(name).files
+    train, test = _contents(files, name, data_dir, mirrors, progress)
+    images, of_test = (parse_images(content, file=path) for path, content in (train, test))
     return Dataset(
         name=name,
         train=images[:-_IDX_VALIDATION],
         validation=images[-_IDX_VALIDATION:],
-        test=contents[test_file],
-        sha256=train_file.sha256,
+        test=of_test,
+        sha256=files[0].sha256,
         split=f"official; the last {_IDX_VALIDATION} rows of train are validation",
     )
+
+
+def _contents(
+    files: Sequence[RemoteFile],
+    name: str,
+    data_dir: Path,
+    mirrors: Sequence[str] | None,
+    progress: Progress | None,
+) -> list[tuple[str, bytes]]:
+    """Return path and verified content of each file, fetching what is absent."""
+    given = source(name).mirrors if mirrors is None else mirrors
+    found = []
+    for file in files:
+        path = _find(file, data_dir, name) or fetch(file, data_dir / name, given, progress=progress)
+        found.append((str(path), unpack(path, file)))
+    return found
 
 
 def _find(file: RemoteFile, data_dir: Path, name: str) -> Path | None:

@@ -5,6 +5,7 @@ second: torch generators, faster on the device, each made anew from (seed, strea
 which resumes at step n draws what the uninterrupted run drew at step n.
 """
 
+import math
 from enum import IntEnum
 from typing import Final
 
@@ -20,6 +21,14 @@ __all__ = ["Stream", "TrainingStream", "generator", "normal", "normal_per_row", 
 _SAMPLES_PER_ROW: Final = 2**20
 """Distance between the posterior samples of two images in the counter, so that no two of them meet."""
 
+# Philox4x32-10 as `serving.noise` has it.
+_WORDS: Final = 4
+_ROUNDS: Final = 10
+_HALF: Final = 32
+_LOW: Final = 0xFFFFFFFF
+_MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
+_WEYL: Final = (0x9E3779B9, 0xBB67AE85)
+
 
 class TrainingStream(IntEnum):
     """What a generator of the training loop is for. Disjoint from `serving.noise.Stream`."""
@@ -29,6 +38,8 @@ class TrainingStream(IntEnum):
     BINARISE = 18
     POSTERIOR = 19
     VALIDATION = 20
+    STUDY = 21
+    ANNEALING = 22
 
 
 def normal(seed: int, num_rows: int, dim: int, *, first_row: int = 0, stream: Stream) -> Tensor:
@@ -42,9 +53,19 @@ def uniform(seed: int, num_rows: int, dim: int, *, first_row: int = 0, stream: S
 
 
 def normal_per_row(
-    seed: int, num_rows: int, num_samples: int, dim: int, *, first_row: int = 0, first_sample: int = 0
+    seed: int,
+    num_rows: int,
+    num_samples: int,
+    dim: int,
+    *,
+    first_row: int = 0,
+    first_sample: int = 0,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Return posterior noise, shape (num_rows, num_samples, dim), a function of row and sample number alone.
+
+    The values are those of `serving.noise.normal`, made where they are needed. Some thousand rows and samples in
+    one call cost a seventh of what they cost in calls for fifty.
 
     Args:
         seed: In [0, 2^64).
@@ -53,23 +74,46 @@ def normal_per_row(
         dim: Latent dimensions.
         first_row: Index of the first image.
         first_sample: Number of the first sample.
+        device: Where to make it; the CPU unless given. Another kind of device may round the last digit otherwise.
 
     Example:
         >>> whole = normal_per_row(3, 2, 8, 4)
         >>> bool((normal_per_row(3, 1, 5, 4, first_row=1, first_sample=2) == whole[1:, 2:7]).all())
         True
     """
-    rows = [
-        noise.normal(
-            seed,
-            num_samples,
-            dim,
-            first_row=row * _SAMPLES_PER_ROW + first_sample,
-            stream=Stream.POSTERIOR,
-        )
-        for row in range(first_row, first_row + num_rows)
-    ]
-    return torch.from_numpy(np.stack(rows))
+    images = torch.arange(first_row, first_row + num_rows, device=device).unsqueeze(1) * _SAMPLES_PER_ROW
+    rows = images + torch.arange(first_sample, first_sample + num_samples, device=device)
+    num_blocks = -(-dim // _WORDS)
+    words = _philox(seed, rows.flatten(), num_blocks, Stream.POSTERIOR)
+    # Words 0 and 2 make radii, words 1 and 3 angles: those of a pair stand side by side in a row.
+    unit = words.double().add_(0.5).mul_(2.0**-32)
+    radius, angle = unit[0].log_().mul_(-2).sqrt_(), unit[1].mul_(2 * math.pi)
+    made = torch.empty(len(words[0, 0]), num_blocks, 2, 2, dtype=torch.float32, device=device)
+    made[..., 0] = (torch.cos(angle) * radius).permute(1, 2, 0)
+    made[..., 1] = angle.sin_().mul_(radius).permute(1, 2, 0)
+    return made.view(num_rows, num_samples, -1)[..., :dim]
+
+
+def _philox(seed: int, rows: Tensor, num_blocks: int, stream: Stream) -> Tensor:
+    """Return the random words of `serving.noise`, int64, shape (2, 2, rows, blocks): word 2 j + i at [i, j].
+
+    The four words of a counter move in two pairs, so that a round is eight operations on large tensors.
+    """
+    shape = (2, len(rows), num_blocks)
+    words = torch.empty((2, *shape), dtype=torch.int64, device=rows.device)
+    even, odd, product = words[0], words[1], torch.empty(shape, dtype=torch.int64, device=rows.device)
+    even[0], even[1] = torch.arange(num_blocks, device=rows.device), (rows >> _HALF).unsqueeze(1)
+    odd[0], odd[1] = (rows & _LOW).unsqueeze(1), int(stream)
+    for number in range(_ROUNDS):
+        # Two's complement wraps as unsigned words do; only the shift must not carry the sign along.
+        torch.mul(even[0], _MULTIPLIERS[0], out=product[1])
+        torch.mul(even[1], _MULTIPLIERS[1], out=product[0])
+        torch.bitwise_right_shift(product, _HALF, out=even)
+        even.bitwise_and_(_LOW).bitwise_xor_(odd)
+        even[0].bitwise_xor_((seed + number * _WEYL[0]) & _LOW)
+        even[1].bitwise_xor_(((seed >> _HALF) + number * _WEYL[1]) & _LOW)
+        torch.bitwise_and(product, _LOW, out=odd)
+    return words
 
 
 def generator(

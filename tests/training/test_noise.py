@@ -19,6 +19,27 @@ def test_tensors_equal_what_the_service_draws(seed: int) -> None:
     np.testing.assert_array_equal(uniform(seed, 5, 7, stream=Stream.OBSERVATION).numpy(), expected)
 
 
+@pytest.mark.parametrize("seed", [0, 7, 2**32, 2**64 - 1])
+@pytest.mark.parametrize(("first_row", "first_sample"), [(0, 0), (5000, 2), (2**30, 2**20 - 3)])
+@pytest.mark.parametrize("dim", [1, 3, 32, 33])
+def test_posterior_noise_is_that_of_the_service(seed: int, first_row: int, first_sample: int, dim: int) -> None:
+    """Made by other means, and on any device, it has the same bits: signs, carries and long rows included."""
+    drawn = normal_per_row(seed, 2, 3, dim, first_row=first_row, first_sample=first_sample)
+    for row, values in enumerate(drawn, start=first_row):
+        expected = service_noise.normal(
+            seed, 3, dim, first_row=row * 2**20 + first_sample, stream=Stream.POSTERIOR
+        )
+        np.testing.assert_array_equal(values.numpy(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_posterior_noise_on_a_gpu_is_the_same(seed: int) -> None:
+    """Logarithm and cosine of another library may round the last digit of float32 otherwise, no more."""
+    there = normal_per_row(seed, 20, 500, 32, device=torch.device("cuda")).cpu()
+    torch.testing.assert_close(there, normal_per_row(seed, 20, 500, 32), rtol=2e-7, atol=1e-9)
+
+
 def test_posterior_noise_does_not_depend_on_chunks(seed: int) -> None:
     """Noise of image i, sample j is the same however images and samples are grouped."""
     whole = normal_per_row(seed, 4, 6, 3)
