@@ -1,0 +1,1 @@
+"""Mirrors the package `training.bench` file by file."""
