@@ -1,6 +1,7 @@
 """Where a run took place: what a reader needs to repeat it."""
 
 import json
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -11,6 +12,7 @@ import torch
 
 _TOOLS: Final = ("torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy")
 _GIT_TIMEOUT_S: Final = 5.0
+_CPU_INFO: Final = Path("/proc/cpuinfo")
 
 
 def tool_versions() -> dict[str, str]:
@@ -24,18 +26,35 @@ def tool_versions() -> dict[str, str]:
     return versions
 
 
+def hardware(device: torch.device) -> str:
+    """Return the name of what computes: the GPU, or the processor with its cores and PyTorch's threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    return f"{_processor()}, {threads}"
+
+
 def environment_json(*, seed: int, device: torch.device) -> str:
     """Return environment.json: versions, git commit, seed, device, threads."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     content = {
         "tool_versions": tool_versions(),
         "git_commit": git_commit(),
         "seed": seed,
         "device": device.type,
-        "device_name": name,
+        "device_name": hardware(device),
         "num_threads": torch.get_num_threads(),
     }
     return json.dumps(content, indent=2) + "\n"
+
+
+def _processor() -> str:
+    """Return the processor's model; its architecture where the system does not tell the model."""
+    try:
+        lines = _CPU_INFO.read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())
 
 
 def git_commit() -> str | None:

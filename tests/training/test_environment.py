@@ -1,8 +1,11 @@
 """A run records what is needed to repeat it."""
 
 import json
+import os
+import platform
 import subprocess
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +30,15 @@ def test_absent_git_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(subprocess, "run", absent)
     assert environment.git_commit() is None
+
+
+def test_hardware_names_the_processor_and_how_much_of_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The model as the system tells it; the architecture where it does not."""
+    told = tmp_path / "cpuinfo"
+    told.write_text("processor : 0\nmodel name\t: Example 9000\nmodel name\t: Example 9000\n")
+    monkeypatch.setattr(environment, "_CPU_INFO", told)
+    assert environment.hardware(CPU) == f"Example 9000, 1 of {os.cpu_count()} cores"
+    monkeypatch.setattr(environment, "_CPU_INFO", tmp_path / "absent")
+    assert environment.hardware(CPU).startswith(platform.machine())
