@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLIENTS := $(VENV)/clients
 CLIENTS_STAMP := $(CLIENTS)/.installed
+PEERS := $(VENV)/training-peers
+PEERS_STAMP := $(PEERS)/.installed
 PROTOS := protos/vae/v1/vae.proto protos/inference/inference.proto
 DEMO := demo
 BASE ?= main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clients fmt check test demo serve bench bench-against perf-analyzer protos clean
+.PHONY: help setup clients training-peers fmt check test demo serve bench bench-against perf-analyzer protos clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,7 +24,7 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	@echo 'installing the tested versions into $(VENV) (a minute or two)'
-	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[serving,training,dev]'
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[serving,training,tensorboard,ray-train,dev]'
 	@touch $@
 
 clients: $(CLIENTS_STAMP) ## create the environment of tritonclient, for the tests against it
@@ -31,6 +33,14 @@ clients: $(CLIENTS_STAMP) ## create the environment of tritonclient, for the tes
 $(CLIENTS_STAMP): .ci/clients.txt | $(STAMP)
 	$(PYTHON) -m venv $(CLIENTS)
 	@$(CLIENTS)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --requirement .ci/clients.txt
+	@touch $@
+
+training-peers: $(PEERS_STAMP) ## fetch pythae and Pyro, for `vae-train bench`
+
+# A folder of packages, no environment: they run on our PyTorch, as a comparison wants it.
+$(PEERS_STAMP): .ci/training-peers.txt | $(STAMP)
+	rm -rf $(PEERS)
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps --target $(PEERS) --requirement .ci/training-peers.txt
 	@touch $@
 
 fmt: $(STAMP) ## format the code and fix what can be fixed
@@ -45,7 +55,7 @@ check: $(STAMP) ## lint, types, architecture, wire contract
 	cd protos && ../$(BIN)/buf lint
 	@.ci/breaking $(BIN)/buf $(BASE)
 
-test: $(STAMP) $(CLIENTS_STAMP) ## pass the whole test suite
+test: $(STAMP) $(CLIENTS_STAMP) $(PEERS_STAMP) ## pass the whole test suite
 	$(BIN)/python -m pytest
 
 demo: $(STAMP) ## train, export, serve on a local Ray, call every method, write pictures

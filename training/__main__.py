@@ -1,5 +1,6 @@
 """`python -m training`, and the entry point of `vae-train`: expected errors end in one line and an exit code."""
 
+import os
 import sys
 
 from serving.errors import BundleError
@@ -23,7 +24,8 @@ def main() -> None:
 
 
 def _end(error: Exception, code: int) -> None:
-    print(f"vae-train: {error}", file=sys.stderr)  # noqa: T201  # standard error is for the person
+    if os.environ.get("RANK", "0") == "0":  # of several processes that torchrun started, one says it
+        print(f"vae-train: {error}", file=sys.stderr)  # noqa: T201  # standard error is for the person
     sys.exit(code)
 
 

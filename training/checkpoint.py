@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from training.errors import CheckpointDamaged, NotARun, RunNotFound
 from training.models.vae import VAE
 from training.noise import TrainingStream, generator
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class RunFolder:
 
     @property
     def best(self) -> Path:
-        """The checkpoint whose averaged weights had the highest validation ELBO."""
+        """The checkpoint that is the result: of the highest validation bound, or the last validated one."""
         return self.path / "best.pt"
 
     @property
@@ -65,17 +66,34 @@ class RunFolder:
             if source.exists():
                 write_atomically(target, source.read_bytes())
 
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files, where they were asked for."""
+        return self.path / "tensorboard"
+
     def clear(self) -> None:
         """Remove what an earlier run left.
 
         Raises:
             NotARun: If the folder holds files and none says that they are of a run.
         """
+        self.sweep()
         is_run = self.environment.exists() or self.last.exists()
         if self.path.is_dir() and any(self.path.iterdir()) and not is_run:
             raise NotARun(location=str(self.path))
-        for file in (self.config, self.environment, self.metrics, self.last, self.best, self.evaluation):
+        for file in self._files:
             file.unlink(missing_ok=True)
+        shutil.rmtree(self.tensorboard, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove half-written files, which a process leaves that was killed while it wrote."""
+        for file in self._files:
+            for partial in self.path.glob(_partial(file.name, "*")):
+                partial.unlink(missing_ok=True)
+
+    @property
+    def _files(self) -> tuple[Path, ...]:
+        return (self.config, self.environment, self.metrics, self.last, self.best, self.evaluation)
 
 
 @dataclass(frozen=True)
@@ -101,16 +119,17 @@ class Checkpoint:
     """State of Adam."""
 
     sums: Tensor
-    """Log-likelihood and KL summed over the steps since the last validation, shape (2,)."""
+    """Log-likelihood, KL and bound summed over the steps since the last validation, shape (3,)."""
 
     num_summed: int
     """Steps in `sums`."""
 
-    best_elbo: float
-    """Highest validation ELBO so far, nats per row; minus infinity before the first."""
+    best_bound: float
+    """Highest validation value so far of the bound that is climbed, nats per row; minus infinity before the first
+    validation."""
 
-    validation_elbo: float
-    """Validation ELBO of the averaged weights at the last validation, nats per row."""
+    validation_bound: float
+    """Validation bound of the averaged weights at the last validation, nats per row."""
 
     has_collapsed: bool
     """The KL term was below one nat after the warm-up."""
@@ -130,11 +149,12 @@ class Checkpoint:
         return {**vars(self), "config": self.config.to_json(), "format_version": FORMAT_VERSION}
 
 
-def save(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint; a crash at any moment leaves the old file or the new one."""
+def save(checkpoint: Checkpoint, *paths: Path) -> None:
+    """Write a checkpoint to each path; a crash at any moment leaves the old file or the new one of each."""
     buffer = io.BytesIO()
     torch.save({"content": checkpoint._content(), "sha256": checkpoint.sha256()}, buffer)  # noqa: SLF001
-    write_atomically(path, buffer.getvalue())
+    for path in paths:
+        write_atomically(path, buffer.getvalue())
 
 
 def load(path: Path) -> Checkpoint:
@@ -177,12 +197,17 @@ def _verified(content: Mapping[str, Any], *, stated: str) -> Checkpoint:
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file in one step, on disk before it has its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(_partial(path.name, os.getpid()))
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _partial(name: str, process: int | str) -> str:
+    """Return what a file is called while a process writes it."""
+    return f".{name}.{process}.partial"
 
 
 def _digest(value: object) -> str:

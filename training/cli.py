@@ -1,29 +1,47 @@
-"""`vae-train`: fit, evaluate, export, sample, data. Results go to standard output, progress to standard error."""
+"""`vae-train`: fit, evaluate, export, sample, data, study, bench.
+
+Results go to standard output, progress to standard error.
+"""
 
 import io
 import json
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import numpy as np
 import torch
 import typer
 
-from training import checkpoint, console, pictures, presets
+from training import (
+    checkpoint,
+    console,
+    distributed,
+    evaluation_report,
+    launch,
+    pictures,
+    presets,
+    ray_launcher,
+    results,
+)
 from training import data as datasets
-from training.checkpoint import Checkpoint, RunFolder, averaged_model, write_atomically
+from training.checkpoint import RunFolder, averaged_model, write_atomically
 from training.config import DataConfig, TrainingConfig
-from training.data import Dataset, SplitName
-from training.environment import environment_json
-from training.evaluate import Evaluation, evaluate_run, recorded_evaluation
-from training.trainer import DeviceName, FitResult, choose_device, fit, load_for_resume
+from training.data import Dataset, SplitLabels, SplitName
+from training.errors import ChecksFailed, LabelsMissing
+from training.evaluate import Evaluation, Extras, evaluate_run, recorded_evaluation
+from training.launch import Execution
+from training.trainer import DeviceName, FitResult, Metrics, check_setup, choose_device
 
 RUNS: Final = Path("runs")
 """Folder of run folders, unless --output-dir says otherwise."""
+
+STUDY: Final = Path("study")
+"""Folder of the study, unless --output-dir says otherwise."""
 
 app = typer.Typer(
     name="vae-train",
@@ -43,6 +61,15 @@ DataDirOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[DeviceName, typer.Option(help="Where to compute; auto: the GPU if there is one.")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="CPU threads. Default: PyTorch's choice, all cores; take fewer where other programs "
+        "compute too, for threads that wait for a busy core are slower than none.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
@@ -107,16 +134,23 @@ def fit_command(
             "PATH: continue from that run folder or checkpoint.",
         ),
     ] = "auto",
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="CPU threads. Default: PyTorch's choice, all cores; take fewer where other programs "
-            "compute too, for threads that wait for a busy core are slower than none.",
-            show_default=False,
-        ),
-    ] = None,
+    threads: ThreadsOption = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Cut down to two epochs on 512 rows.")] = False,
+    is_compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Make steps faster by torch.compile, and on a GPU by a CUDA graph: a minute to begin with.",
+        ),
+    ] = False,
+    has_tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write curves and pictures for TensorBoard into the folder.")
+    ] = False,
+    launcher: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="local: this process, or those of torchrun around it; ray: workers of Ray Train."),
+    ] = "local",
+    num_workers: Annotated[int, typer.Option(min=1, help="Processes of --launcher ray.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Fit a model and leave its checkpoints and metrics in a run folder."""
@@ -135,20 +169,22 @@ def fit_command(
     run = RunFolder(output_dir or RUNS / config.name)
     if threads is not None:
         torch.set_num_threads(threads)
-    chosen = choose_device(device)
-    dataset = _load(config.data, data_dir)  # first: nothing is removed for a run that cannot begin
-    if config.data.name == datasets.OWN:
-        config = config.merge({"data": {"data_shape": dataset.data_shape}})
-    start = _starting_point(config, run, resume)
-    write_atomically(run.config, config.to_json().encode())
-    write_atomically(run.environment, environment_json(seed=config.seed, device=chosen).encode())
+    execution = Execution(
+        device=device, data_dir=data_dir, is_compiled=is_compiled, has_tensorboard=has_tensorboard
+    )
+    if launcher == "ray":
+        result = _fit_on_ray(config, run, execution, resume=resume, num_workers=num_workers)
+        _show_fit(run, result, as_json=as_json)
+        return
     stop = StopRequest()
-    with stop.listening(), console.FitProgress(config) as progress:
-        result = fit(config, dataset, run, device=chosen, resume_from=start, should_stop=stop, listener=progress)
-    _show_fit(run, result, as_json=as_json)
-    if not result.is_finished and stop.signal is not None:
-        console.say(f"interrupted; saved at step {result.checkpoint.step}, the same command continues")
-        raise typer.Exit(128 + stop.signal)
+    result, is_first = _fit_here(config, run, execution, resume=resume, stop=stop)
+    if is_first:
+        _show_fit(run, result, as_json=as_json)
+    if not result.is_finished:
+        if is_first:
+            console.say(f"interrupted; saved at step {result.checkpoint.step}, the same command continues")
+        # With several processes the signal may have reached another one.
+        raise typer.Exit(128 + (stop.signal or signal.SIGTERM))
 
 
 @app.command("evaluate")
@@ -160,17 +196,52 @@ def evaluate_command(
         int | None, typer.Option(help="k of the importance-weighted bound; the literature uses 5000.")
     ] = None,
     max_images: Annotated[int | None, typer.Option(help="Images to measure, from the split's start.")] = None,
+    is_full: Annotated[
+        bool,
+        typer.Option("--full", help="The convention of the literature: k = 5000 on the first 10,000 images."),
+    ] = False,
+    sample_quality: Annotated[
+        bool,
+        typer.Option(
+            "--sample-quality",
+            help="Also compare samples with images (Frechet distance, classifier), move codes; MNIST: a minute.",
+        ),
+    ] = False,
+    num_samples: Annotated[
+        int, typer.Option(min=2, help="Samples and images in each set of --sample-quality, at most.")
+    ] = 10_000,
+    num_annealed: Annotated[
+        int,
+        typer.Option(
+            "--ais",
+            metavar="N",
+            min=0,
+            help="Also bracket log p(x) of the first N images by annealed importance sampling; seconds for each.",
+        ),
+    ] = 0,
     data_dir: DataDirOption = None,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the best checkpoint of a run; writes evaluation.json into its folder."""
+    if num_annealed == 1:
+        raise typer.BadParameter("one image has no standard error; give at least two", param_hint="--ais")
+    if threads is not None:
+        torch.set_num_threads(threads)
     folder = RunFolder(run)
     config = checkpoint.load(folder.best).config
-    given = {"num_importance_samples": num_importance_samples, "max_images": max_images}
-    settings = config.evaluation.override([f"{key}={value}" for key, value in given.items() if value is not None])
+    convention = {"num_importance_samples": 5000, "max_images": 10_000} if is_full else {}
+    asked = {"num_importance_samples": num_importance_samples, "max_images": max_images}
+    given = convention | {key: value for key, value in asked.items() if value is not None}
+    settings = config.evaluation.override([f"{key}={value}" for key, value in given.items()])
     dataset = _load(config.data, data_dir)
-    evaluation = evaluate_run(folder, dataset, settings, split=split, device=choose_device(device))
+    extras = Extras(
+        num_samples=num_samples if sample_quality else 0,
+        labels=_labels(config.data, data_dir) if sample_quality else None,
+        num_annealed=num_annealed,
+    )
+    evaluation = evaluate_run(folder, dataset, settings, split=split, device=choose_device(device), extras=extras)
     _show_evaluation(evaluation, as_json=as_json)
 
 
@@ -272,6 +343,129 @@ def data_command(
     )
 
 
+@app.command("record")
+def record_command(
+    run: RunArgument,
+    *,
+    folder: Annotated[
+        Path, typer.Option("--to", help="Folder of recorded results. Default: that of this package.")
+    ] = results.FOLDER,
+) -> None:
+    """Record what a finished and evaluated run reached; prints the table of all recorded results."""
+    results.record(RunFolder(run), folder)
+    console.show_text(results.table(results.read(folder)).rstrip())
+
+
+@app.command("study")
+def study_command(
+    *,
+    is_full: Annotated[
+        bool,
+        typer.Option(
+            "--full/--quick",
+            help="Quick: some three minutes, 8x8 digits. Full: MNIST and Fashion-MNIST, sizes of the literature.",
+        ),
+    ] = False,
+    output_dir: Annotated[
+        Path, typer.Option(help="Folder of the report; models trained there are used again.")
+    ] = STUDY,
+    data_dir: DataDirOption = None,
+    device: DeviceOption = "auto",
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of everything.")] = 0,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="CPU threads. Default: one for the quick study, whose models gain nothing from a second; else "
+            "PyTorch's choice.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show every claim of the article by numbers and pictures: one page that is also a tutorial."""
+    from training.study import chapters, report  # noqa: PLC0415  # matplotlib: the other commands need not wait
+    from training.study.setup import Study  # noqa: PLC0415
+
+    if threads is not None or not is_full:
+        torch.set_num_threads(threads or 1)
+    study = Study(
+        folder=output_dir,
+        is_full=is_full,
+        data_dir=data_dir,
+        device=choose_device(device),
+        seed=seed,
+        say=console.say,
+    )
+    found = chapters.run(study)
+    page = report.write(found, output_dir)
+    if as_json:
+        console.show_json(json.loads(report.as_json(found)))
+    else:
+        console.show_text(f"{page}: {len(found.checks)} checks, {len(found.failed)} fail")
+    if found.failed:
+        raise ChecksFailed([check.name for check in found.failed], page=str(page))
+
+
+@app.command("bench")
+def bench_command(
+    *,
+    data_dir: DataDirOption = None,
+    peers: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the peers' packages. Default: training-peers in this environment, which "
+            "`make training-peers` fills.",
+            show_default=False,
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Pass through every line in seconds; the ratios say nothing.")
+    ] = False,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Timed epochs of each contestant. Default: 5.", show_default=False)
+    ] = None,
+    threads: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="CPU threads of each contestant; may be repeated. Default: 1 and 2. Only 1 means anything "
+            "while other programs compute.",
+            show_default=False,
+        ),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Write the tables to this .md file, and all figures beside it.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare training and evaluation with pythae and Pyro, on MNIST with --data-dir, else on made-up images."""
+    from training.bench import contest, plan, tables  # noqa: PLC0415  # the other commands need not wait
+
+    chosen = plan.quick() if quick else plan.full()
+    if rounds is not None:
+        chosen = chosen.merge({"num_rounds": rounds})
+    if threads:
+        chosen = chosen.merge({"threads": tuple(threads)})
+    images = contest.synthetic_images(chosen.num_rows, chosen.num_held_out, seed=chosen.seed)
+    if data_dir is not None:
+        dataset = _load(DataConfig(name="mnist"), data_dir)
+        images = contest.Images("MNIST", dataset.train, dataset.test)
+    folder = peers or Path(sys.prefix) / "training-peers"
+    report = contest.bench(chosen, images, peers_folder=folder, say=console.say)
+    if record is not None:
+        write_atomically(record, tables.markdown(report).encode())
+        write_atomically(record.with_suffix(".json"), report.to_json().encode())
+    if as_json:
+        console.show_json(report.model_dump(mode="json"))
+        return
+    console.show_table("training", tables.TRAINING_COLUMNS, tables.training_rows(report))
+    console.show_table("evaluation", tables.EVALUATION_COLUMNS, tables.evaluation_rows(report))
+    for line in tables.verdicts(report):
+        console.show_text(line)
+
+
 def _data_config(name: str, image_size: int | None) -> DataConfig:
     """Return the configuration of a published data set, or of the user's own by its path."""
     if name in datasets.SOURCES or not Path(name).exists():
@@ -281,27 +475,54 @@ def _data_config(name: str, image_size: int | None) -> DataConfig:
     return DataConfig.parse(own)
 
 
-def _starting_point(config: TrainingConfig, run: RunFolder, resume: str) -> Checkpoint | None:
-    """Return the checkpoint to continue from, and leave nothing in the run folder that is not of this run."""
-    if resume == "never" or (resume == "auto" and not run.last.exists()):
-        run.clear()
-        return None
-    if resume == "auto":
-        return load_for_resume(config, run.last)
-    path = Path(resume)
-    file = RunFolder(path).last if path.is_dir() else path
-    start = load_for_resume(config, file)
-    if file.parent.resolve() != run.path.resolve():
-        run.adopt(RunFolder(file.parent))
-        checkpoint.save(start, run.last)
-        if not run.best.exists():
-            checkpoint.save(start, run.best)
-    return start
+def _fit_here(
+    config: TrainingConfig, run: RunFolder, execution: Execution, *, resume: str, stop: StopRequest
+) -> tuple[FitResult, bool]:
+    """Fit in this process and those that torchrun started beside it; return whether this is the first of them."""
+    with distributed.joined(choose_device(execution.device).type) as processes:
+        with console.DownloadProgress() as downloads:
+            config, dataset = launch.load_data(config, execution, processes, progress=downloads)
+        launch.prepare(config, dataset, run, execution, resume=resume, processes=processes)
+        with stop.listening(), ExitStack() as stack:
+            listener: Callable[[Metrics], None] = _ignore
+            if processes.is_first:
+                listener = stack.enter_context(console.FitProgress(config))
+            result = launch.fit_share(
+                config, dataset, run, execution, processes=processes, should_stop=stop, listener=listener
+            )
+    return result, processes.is_first
+
+
+def _fit_on_ray(
+    config: TrainingConfig, run: RunFolder, execution: Execution, *, resume: str, num_workers: int
+) -> FitResult:
+    """Fit in workers of Ray Train; what can be refused is refused before Ray starts."""
+    ray_launcher.check_installed()
+    with console.DownloadProgress() as downloads:
+        config, dataset = launch.load_data(config, execution, progress=downloads)
+    check_setup(config, dataset, num_processes=num_workers)
+    launch.prepare(config, dataset, run, execution, resume=resume)
+    with console.FitProgress(config) as progress:
+        return ray_launcher.fit(config, run, execution, num_workers=num_workers, listener=progress)
+
+
+def _ignore(_: Metrics) -> None:
+    """Show nothing: the first process does."""
 
 
 def _load(config: DataConfig, data_dir: Path | None) -> Dataset:
     with console.DownloadProgress() as progress:
         return datasets.load(config, data_dir=data_dir, progress=progress)
+
+
+def _labels(config: DataConfig, data_dir: Path | None) -> SplitLabels | None:
+    """Return the classes of the rows; None, and a word about it, if the data have none."""
+    try:
+        with console.DownloadProgress() as progress:
+            return datasets.load_labels(config, data_dir=data_dir, progress=progress)
+    except LabelsMissing:
+        console.say("the data have no labels; nothing is said of classes")
+        return None
 
 
 def _show_fit(run: RunFolder, result: FitResult, *, as_json: bool) -> None:
@@ -310,7 +531,8 @@ def _show_fit(run: RunFolder, result: FitResult, *, as_json: bool) -> None:
         "run": str(run.path),
         "is_finished": result.is_finished,
         "step": state.step,
-        "best_validation_elbo": state.best_elbo if run.best.exists() else None,
+        "bound": state.config.optimizer.bound,
+        "best_validation_bound": state.best_bound if run.best.exists() else None,
         "has_collapsed": state.has_collapsed,
         "weights_sha256": state.weights_sha256(),
         "seconds": round(result.seconds, 3),
@@ -318,26 +540,23 @@ def _show_fit(run: RunFolder, result: FitResult, *, as_json: bool) -> None:
     if as_json:
         console.show_json(content)
         return
-    console.show_text(
-        f"{run.path}: step {state.step}, best validation ELBO {state.best_elbo:.2f} nats per image, "
-        f"{result.seconds:.1f} s"
-    )
+    best = f"best validation {_bound(state.config)} {state.best_bound:.2f} nats per image"
+    console.show_text(f"{run.path}: step {state.step}, {best}, {result.seconds:.1f} s")
+
+
+def _bound(config: TrainingConfig) -> str:
+    settings = config.optimizer
+    return "ELBO" if settings.bound == "elbo" else f"importance-weighted bound, k = {settings.num_samples},"
 
 
 def _show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:
     if as_json:
         console.show_json(json.loads(evaluation.to_json()))
-        return
-    estimates = {
-        "ELBO": evaluation.elbo,
-        "log-likelihood": evaluation.log_likelihood,
-        "KL": evaluation.kl,
-        f"NLL, IWAE bound, k = {evaluation.num_importance_samples}": evaluation.nll_iwae,
-    }
-    rows = [[key, f"{item.value:.2f}", f"{item.standard_error:.2f}"] for key, item in estimates.items()]
-    rows.append(["active units", f"{evaluation.active_units} of {evaluation.latent_dim}", ""])
-    title = f"{evaluation.split}, n = {evaluation.num_images}, nats per image"
-    console.show_table(title, ["figure", "value", "standard error"], rows)
+    else:
+        for table in evaluation_report.tables(evaluation):
+            console.show_table(*table)
+    if (warning := evaluation_report.warning(evaluation)) is not None:
+        console.say(warning)
 
 
 def _show_sources(*, as_json: bool) -> None:

@@ -20,8 +20,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from training.collapse import COLLAPSE_KL
 from training.config import TrainingConfig
-from training.trainer import COLLAPSE_KL, Metrics
+from training.trainer import Metrics
 
 _MEBIBYTE = 2**20
 
@@ -63,7 +64,8 @@ class FitProgress:
         line = (
             f"epoch {metrics.epoch}/{self._num_epochs}  train ELBO {metrics.train.elbo:.2f}  "
             f"validation ELBO {metrics.validation.elbo:.2f} = {metrics.validation.log_likelihood:.2f} "
-            f"- KL {metrics.validation.kl:.2f}  {metrics.seconds:.1f} s{'  best' if metrics.is_best else ''}"
+            f"- KL {metrics.validation.kl:.2f}  {_weighted(metrics)}{metrics.seconds:.1f} s"
+            f"{'  best' if metrics.is_best else ''}"
         )
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=metrics.epoch, description=line)
@@ -115,6 +117,12 @@ class DownloadProgress:
         if name not in self._tasks:
             self._tasks[name] = self._bar.add_task(name, total=total)
         self._bar.update(self._tasks[name], completed=done, total=total)
+
+
+def _weighted(metrics: Metrics) -> str:
+    """Return the bound that is climbed where it is not the ELBO."""
+    bound = metrics.validation.importance_weighted
+    return "" if bound is None else f"importance-weighted {bound:.2f}  "
 
 
 def say(text: str) -> None:

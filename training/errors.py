@@ -6,28 +6,41 @@ TrainingError
 │   ├── DeviceUnavailable
 │   ├── DataMissing
 │   ├── DataCorrupt
+│   ├── LabelsMissing
 │   ├── ShapeUnsuitable
+│   ├── RowsConstant
+│   ├── BatchTooLarge
+│   ├── BatchUneven
+│   ├── ExtraMissing
 │   ├── DownloadFailed
 │   ├── RunNotFound
 │   ├── NotARun
 │   ├── CheckpointDamaged
 │   └── ResumeMismatch
 └── GateFailed (3)          the result is not what it must be; nothing was published
+    ├── ContestantFailed
+    ├── ChecksFailed
     ├── Diverged
+    ├── EntropyUndercut
     ├── GraphRejected
     ├── ParityFailed
     └── BatchDependence
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, Self
 
 
 class TrainingError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose. Survives the way from one process to another."""
 
     exit_code: ClassVar[int] = 1
     """Exit code of `vae-train` when this ends a command."""
+
+    def __reduce__(self) -> tuple[partial[Self], tuple[()]]:
+        """Return how to make it anew: pickle itself would lose keyword-only arguments."""
+        return partial(type(self), **vars(self)), ()
 
 
 class InvalidSetup(TrainingError):
@@ -71,6 +84,14 @@ class DataCorrupt(InvalidSetup):
         self.file, self.expected, self.actual = file, expected, actual
 
 
+class LabelsMissing(InvalidSetup):
+    """What was asked for needs the class of each row, and the data set says none."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__(f"{title}: it has no labels; leave out what needs classes, or take a labelled data set")
+        self.title = title
+
+
 class ShapeUnsuitable(InvalidSetup):
     """The architecture that was asked for does not take data of this shape."""
 
@@ -78,6 +99,47 @@ class ShapeUnsuitable(InvalidSetup):
         shape = tuple(data_shape)
         super().__init__(f"data of shape {shape}: {problem}; choose another model.channels or other data")
         self.data_shape, self.problem = shape, problem
+
+
+class RowsConstant(InvalidSetup):
+    """Every row of the training split is the same, or there is none."""
+
+    def __init__(self, name: str, *, num_rows: int) -> None:
+        super().__init__(
+            f"{name}: all {num_rows} training rows are the same; there is nothing to learn, look at the data with "
+            "vae-train data"
+        )
+        self.name, self.num_rows = name, num_rows
+
+
+class BatchTooLarge(InvalidSetup):
+    """A step should take more rows than the training split has."""
+
+    def __init__(self, *, batch_size: int, num_rows: int) -> None:
+        super().__init__(
+            f"optimizer.batch_size is {batch_size} and there are {num_rows} training rows; set it to at most "
+            f"{num_rows}, with --batch-size"
+        )
+        self.batch_size, self.num_rows = batch_size, num_rows
+
+
+class BatchUneven(InvalidSetup):
+    """The rows of a batch cannot be divided equally over the processes."""
+
+    def __init__(self, *, batch_size: int, num_processes: int) -> None:
+        super().__init__(
+            f"optimizer.batch_size is {batch_size}, which {num_processes} processes cannot share equally; "
+            "take a multiple of their number, with --batch-size"
+        )
+        self.batch_size, self.num_processes = batch_size, num_processes
+
+
+class ExtraMissing(InvalidSetup):
+    """An option needs packages that the installation left out."""
+
+    def __init__(self, option: str, *, extra: str, problem: str) -> None:
+        super().__init__(f"{option}: {problem}; install it with pip install 'vae-serving[{extra}]'")
+        self.option, self.extra, self.problem = option, extra, problem
 
 
 class DownloadFailed(InvalidSetup):
@@ -132,15 +194,44 @@ class GateFailed(TrainingError):
     exit_code: ClassVar[int] = 3
 
 
+class ContestantFailed(GateFailed):
+    """A contestant of the benchmark did not come to the end of its task."""
+
+    def __init__(self, contestant: str, *, problem: str) -> None:
+        super().__init__(f"contestant {contestant!r} failed; nothing was recorded: {problem}")
+        self.contestant, self.problem = contestant, problem
+
+
 class Diverged(GateFailed):
     """The objective is not a finite number any more."""
 
-    def __init__(self, *, epoch: int) -> None:
+    def __init__(self, *, epoch: int, step: int, kept_step: int | None) -> None:
+        kept = "none was saved before" if kept_step is None else f"that of step {kept_step} is kept"
         super().__init__(
-            f"epoch {epoch}: the ELBO is not finite; lower optimizer.learning_rate "
-            "(the last checkpoint is from before)"
+            f"epoch {epoch}: the ELBO is not finite; lower optimizer.learning_rate (first in step {step}; of the "
+            f"checkpoints {kept})"
         )
-        self.epoch = epoch
+        self.epoch, self.step, self.kept_step = epoch, step, kept_step
+
+
+class ChecksFailed(GateFailed):
+    """A number of the study is not what it must be."""
+
+    def __init__(self, names: Sequence[str], *, page: str) -> None:
+        super().__init__(f"{len(names)} checks of the study fail: {'; '.join(names)}; see {page}")
+        self.names, self.page = tuple(names), page
+
+
+class EntropyUndercut(GateFailed):
+    """A negative log-likelihood is lower than that of any model can be: what was computed is not one."""
+
+    def __init__(self, *, nll: float, entropy: float, standard_errors: float) -> None:
+        super().__init__(
+            f"the NLL of {nll:.2f} nats lies {standard_errors:.0f} standard errors below {entropy:.2f}, the "
+            "entropy of the binarisation, which no model undercuts: an error in the program, please report it; "
+            "nothing was recorded"
+        )
+        self.nll, self.entropy, self.standard_errors = nll, entropy, standard_errors
 
 
 class GraphRejected(GateFailed):

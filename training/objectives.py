@@ -164,7 +164,13 @@ def kl_weight(step: int, *, num_warm_up_steps: int, beta: float = 1.0) -> float:
     return beta * min(1.0, (step + 1) / max(1, num_warm_up_steps))
 
 
-def free_bits_kl(mean: Tensor, log_var: Tensor, free_nats: float) -> Tensor:
+def free_bits_kl(
+    mean: Tensor,
+    log_var: Tensor,
+    free_nats: float,
+    *,
+    joined_mean: Callable[[Tensor], Tensor] = lambda mean_of_rows: mean_of_rows,
+) -> Tensor:
     r"""Return the KL term that leaves every latent dimension some information for free; a scalar.
 
     .. math:: \sum_j \max\left( \lambda, \frac1B \sum_i KL(q(z_j \mid x_i) \,\|\, p(z_j)) \right)
@@ -175,6 +181,8 @@ def free_bits_kl(mean: Tensor, log_var: Tensor, free_nats: float) -> Tensor:
         mean: Of q, shape (batch, latent_dim).
         log_var: Logarithm of the variance, same shape.
         free_nats: lambda in nats per dimension, >= 0; 0 gives the mean KL.
+        joined_mean: Where several processes share a batch: turns the mean over one's own rows, without gradient,
+            into that over all. The gradients of the processes then average to that of the joined batch.
 
     Raises:
         ValueError: If lambda is negative.
@@ -187,7 +195,8 @@ def free_bits_kl(mean: Tensor, log_var: Tensor, free_nats: float) -> Tensor:
         raise ValueError(f"free_nats must be at least 0, got {free_nats}")
     # The divergence sums over the last dimension; one more makes each latent dimension a row of its own.
     per_dim = gaussians.kl_to_standard_normal(mean.unsqueeze(-1), log_var.unsqueeze(-1)).mean(dim=0)
-    return per_dim.clamp(min=free_nats).sum()
+    is_charged = joined_mean(per_dim.detach()) >= free_nats
+    return torch.where(is_charged, per_dim, free_nats).sum()
 
 
 def training_objective(
@@ -208,10 +217,19 @@ def training_objective(
 
 
 def weighted_bound(
-    bound: Elbo, mean: Tensor, log_var: Tensor, *, kl_weight: float = 1.0, free_nats: float = 0.0
+    bound: Elbo,
+    mean: Tensor,
+    log_var: Tensor,
+    *,
+    kl_weight: float | Tensor = 1.0,
+    free_nats: float = 0.0,
+    joined_mean: Callable[[Tensor], Tensor] = lambda mean_of_rows: mean_of_rows,
 ) -> Tensor:
-    """Return what is maximised of a bound whose terms are recorded too; arguments as for `training_objective`."""
-    charged = free_bits_kl(mean, log_var, free_nats) if free_nats else bound.kl.mean()
+    """Return what is maximised of a bound whose terms are recorded too; arguments as for `training_objective`.
+
+    `joined_mean` is that of `free_bits_kl`.
+    """
+    charged = free_bits_kl(mean, log_var, free_nats, joined_mean=joined_mean) if free_nats else bound.kl.mean()
     return bound.log_likelihood.mean() - kl_weight * charged
 
 

@@ -25,12 +25,14 @@ def digits() -> TrainingConfig:
 
 
 def mnist_mlp() -> TrainingConfig:
-    """Return the standard small model of the literature: 784-400-32 on MNIST, five minutes on two cores."""
+    """Return perceptrons 784-512-512-32 on MNIST, five minutes on two cores."""
     return TrainingConfig(
         name="mnist-mlp",
         data=DataConfig(name="mnist"),
-        model=ModelConfig(latent_dim=32, hidden_dims=(400,)),
-        optimizer=OptimizerConfig(epochs=100),
+        # A second hidden layer is worth seven nats after 30 epochs: -93.5 of validation ELBO against -100.9 of
+        # 784-400-32, the small model of the literature.
+        model=ModelConfig(latent_dim=32, hidden_dims=(512, 512)),
+        optimizer=OptimizerConfig(epochs=75),
     )
 
 
@@ -42,13 +44,46 @@ def fashion_mlp() -> TrainingConfig:
 def mnist_conv() -> TrainingConfig:
     """Return two convolutions and a perceptron on MNIST: fewer weights than `mnist-mlp`, more work for each."""
     return mnist_mlp().override(
-        ["name=mnist-conv", "model.channels=[32, 64]", "model.hidden_dims=[256]", "optimizer.epochs=50"]
+        ["name=mnist-conv", "model.channels=[32, 64]", "model.hidden_dims=[256]", "optimizer.epochs=40"]
     )
 
 
 def fashion_conv() -> TrainingConfig:
     """Return the model of `mnist-conv` on Fashion-MNIST."""
     return mnist_conv().override(["name=fashion-conv", "data.name=fashion-mnist"])
+
+
+def iwae_paper() -> TrainingConfig:
+    """Return the one-layer experiment of the IWAE paper on MNIST: 3280 epochs, for a GPU; fewer on a CPU.
+
+    k is `optimizer.num_samples`: the paper has 1, 5 and 50. Numbers are those of the paper and of its code,
+    github.com/yburda/iwae. What differs: 50,000 rows in place of 59,600, as 10,000 are held out in every run here;
+    the initial weights; rows are shuffled; Adam's first decay is the paper's 0.9, where the code has 0.99.
+
+    References:
+        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016. https://arxiv.org/abs/1509.00519
+    """
+    return TrainingConfig(
+        name="iwae-paper",
+        data=DataConfig(name="mnist"),
+        model=ModelConfig(latent_dim=50, hidden_dims=(200, 200), activation="tanh"),
+        optimizer=OptimizerConfig(
+            bound="importance-weighted",
+            num_samples=5,
+            epochs=3280,
+            batch_size=20,
+            schedule="stages",
+            learning_rate=1e-3,
+            final_learning_rate=1e-4,
+            # The code adds 1e-4 to the root of a gradient summed over 20 rows; ours is their mean.
+            adam_epsilon=5e-6,
+            warm_up_fraction=0,
+            ema_decay=0,
+            selection="last",
+            # A validation costs as much as a tenth of an epoch.
+            validation_interval_epochs=10,
+        ),
+    )
 
 
 def smoke() -> TrainingConfig:
@@ -78,6 +113,7 @@ PRESETS: Final[dict[str, Callable[[], TrainingConfig]]] = {
     "fashion-mlp": fashion_mlp,
     "mnist-conv": mnist_conv,
     "fashion-conv": fashion_conv,
+    "iwae-paper": iwae_paper,
     "smoke": smoke,
 }
 

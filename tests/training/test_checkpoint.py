@@ -23,10 +23,10 @@ def saved(source: torch.Generator) -> Checkpoint:
         weights=weights,
         averaged_weights={name: weight + 1 for name, weight in weights.items()},
         optimizer={"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": [{"betas": (0.9, 0.999)}]},
-        sums=torch.tensor([1.0, 2.0]).double(),
+        sums=torch.tensor([1.0, 2.0, 3.0]).double(),
         num_summed=3,
-        best_elbo=-math.inf,
-        validation_elbo=-1.5,
+        best_bound=-math.inf,
+        validation_bound=-1.5,
         has_collapsed=False,
         saved="2026-01-01T00:00:00+00:00",
     )

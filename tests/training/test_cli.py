@@ -161,7 +161,7 @@ def test_run_can_be_continued_elsewhere(what: str, tmp_path: Path, smoke_run: Sm
     result = _json("fit", "smoke", "--epochs", 3, "--output-dir", run, "--resume", start)
     assert (result["is_finished"], result["step"]) == (True, 24)
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
-    assert checkpoint.load(run / "best.pt").best_elbo == result["best_validation_elbo"]
+    assert checkpoint.load(run / "best.pt").best_bound == result["best_validation_bound"]
     assert checkpoint.load(smoke_run.folder.last).step == 16
 
 
@@ -263,6 +263,35 @@ def test_rows_can_be_written_for_other_programs(tmp_path: Path, digits: Dataset)
     written = np.load(out)
     assert written.dtype == np.uint8
     np.testing.assert_array_equal(written, digits.validation[:7])
+
+
+def test_convention_of_the_literature_has_a_short_form(smoke_run: SmokeRun, tmp_path: Path) -> None:
+    """--full means k = 5000 on up to 10,000 images; what is said beside it holds."""
+    (tmp_path / "best.pt").write_bytes(smoke_run.folder.best.read_bytes())
+    figures = _json("evaluate", tmp_path, "--full", "--max-images", 4)
+    assert (figures["num_importance_samples"], figures["num_images"]) == (5000, 4)
+    assert (figures["sample_quality"], figures["geometry"], figures["bracket"]) == ([], None, None)
+
+
+def test_samples_of_own_data_are_compared_without_classes(tmp_path: Path) -> None:
+    """Distances only, and a word about why; as a table and in the record."""
+    file, run = tmp_path / "my.npy", tmp_path / "run"
+    np.save(file, np.random.default_rng(0).integers(0, 256, (60, 6, 5), dtype=np.uint8))
+    _json("fit", "smoke", "--data", file, "--output-dir", run, "--batch-size", 16)
+    shown = _invoke("evaluate", run, "--max-images", 4, "--sample-quality", "--num-samples", 9)
+    assert "the data have no labels; nothing is said of classes" in shown.stderr
+    assert "expected images against grey ones, n = 9 each" in " ".join(shown.stdout.split())
+    assert "draws of zeros and ones" in shown.stdout
+    recorded = json.loads((run / "evaluation.json").read_text())
+    assert [quality["num_samples"] for quality in recorded["sample_quality"]] == [9, 9]
+    assert recorded["sample_quality"][0]["held_out_accuracy"] is None
+
+
+def test_one_image_is_no_bracket(smoke_run: SmokeRun) -> None:
+    """A mean of one has no standard error: refused before anything is computed."""
+    refused = CliRunner().invoke(app, ["evaluate", str(smoke_run.folder.path), "--ais", "1"])
+    assert refused.exit_code == 2
+    assert "give at least two" in refused.output
 
 
 def test_figures_are_shown_as_a_table(smoke_run: SmokeRun, tmp_path: Path) -> None:

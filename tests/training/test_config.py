@@ -19,6 +19,11 @@ from training.config import TrainingConfig
         ("model.hidden_dims=[]", "model.hidden_dims"),
         ("model.hidden_dims=[0]", "every width must be at least 1"),
         ("model.log_var_min=9", "log_var_min must be below log_var_max"),
+        ("model.likelihood=laplace", "model.likelihood: .*'bernoulli', 'gaussian' or 'categorical'"),
+        ("model.num_levels=1", "model.num_levels: .*greater than or equal to 2"),
+        ("model.num_levels=257", "model.num_levels: .*less than or equal to 256"),
+        ("model.num_levels=16", "num_levels is for likelihood=categorical, this is bernoulli"),
+        ("model.noise_log_var_min=-4", "noise_log_var_min is for likelihood=gaussian, this is bernoulli"),
         ("data.name=cifar", "data.name: .*'digits', 'mnist', 'fashion-mnist' or 'own'"),
         ("seed=-1", "seed: .*greater than or equal to 0"),
         ("name=a/b", "name: .*pattern"),
@@ -29,6 +34,27 @@ def test_bad_values_are_refused_by_name(assignment: str, message: str) -> None:
     """The error names the key and says what is allowed."""
     with pytest.raises(ConfigError, match=message):
         TrainingConfig().override([assignment])
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["model.likelihood=gaussian", "model.num_levels=16"], "num_levels is for likelihood=categorical"),
+        (["model.likelihood=categorical", "model.noise_log_var_min=-4"], "is for likelihood=gaussian"),
+    ],
+)
+def test_settings_of_another_likelihood_are_refused(assignments: list[str], message: str) -> None:
+    """A value that nothing would read is a mistake that is named."""
+    with pytest.raises(ConfigError, match=message):
+        TrainingConfig().override(assignments)
+
+
+def test_each_likelihood_takes_its_own_settings() -> None:
+    """The settings of a likelihood are accepted with it, in any order."""
+    changes = ["model.num_levels=16", "model.likelihood=categorical"]
+    assert TrainingConfig().override(changes).model.num_levels == 16
+    changes = ["model.likelihood=gaussian", "model.noise_log_var_min=-4"]
+    assert TrainingConfig().override(changes).model.noise_log_var_min == -4
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)

@@ -3,10 +3,14 @@
 import shlex
 from pathlib import Path
 
+import pytest
+
 from serving import bundle
 from training import presets
 from training.evaluate import Evaluation
-from training.model_card import reproduction_command
+from training.model_card import model_card, reproduction_command
+
+from .conftest import SmokeRun
 
 
 def test_card_states_the_figures_with_their_conditions(bundle_folder: Path, evaluation: Evaluation) -> None:
@@ -20,6 +24,50 @@ def test_card_states_the_figures_with_their_conditions(bundle_folder: Path, eval
     assert "Binarisation: pixel is one with probability" in card
     assert manifest.version in card
     assert manifest.dataset.sha256 in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            [],
+            (
+                "Maximises the ELBO with one reparametrised sample and the closed-form KL term: 2 epochs, batches "
+                "of 64, Adam with a step size that falls from 0.001 to 1e-05 along half a cosine, KL weight "
+                "rising to 1 over the first 5% of the steps, fresh binarisation at each visit, moving average of "
+                "the weights (0.999). The checkpoint with the highest validation ELBO was exported. Seed 0."
+            ),
+        ),
+        (["num_samples=3"], "the ELBO with 3 reparametrised samples and the closed-form KL term:"),
+        (["free_nats=0.5"], ", 0.5 nats of KL free in each latent dimension,"),
+        (["warm_up_fraction=0", "beta=4"], ", KL weight 4, fresh binarisation"),
+        (["gradient=sticking-the-landing"], "the ELBO with the sticking-the-landing gradient of one sample:"),
+        (
+            ["gradient=score-function", "baseline=leave-one-out", "num_samples=4"],
+            "the ELBO with the score-function gradient (baseline: leave-one-out) of 4 samples:",
+        ),
+        (
+            ["bound=importance-weighted", "num_samples=5", "warm_up_fraction=0", "gradient=doubly-reparametrised"],
+            "the importance-weighted bound of k = 5, with the doubly-reparametrised gradient:",
+        ),
+        (
+            ["schedule=stages", "ema_decay=0", "selection=last", "precision=bfloat16"],
+            (
+                "in eight stages, KL weight rising to 1 over the first 5% of the steps, fresh binarisation at "
+                "each visit, networks in bfloat16, no average of the weights. The last checkpoint was exported."
+            ),
+        ),
+    ],
+)
+def test_card_says_how_the_model_was_fitted(
+    changes: list[str], words: str, bundle_folder: Path, smoke_run: SmokeRun, evaluation: Evaluation
+) -> None:
+    """Bound, gradient, schedule and choice of the checkpoint are those of the configuration."""
+    config = smoke_run.config.override([f"optimizer.{change}" for change in changes])
+    manifest = bundle.read_manifest(str(bundle_folder))
+    card = " ".join(model_card(manifest, config, evaluation, picture_seed=0).split())
+    assert words in card
+    assert ("KL weight" in card) == (config.optimizer.bound == "elbo")
 
 
 def test_card_says_what_it_is_not_for(bundle_folder: Path) -> None:
