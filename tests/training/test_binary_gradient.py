@@ -11,8 +11,7 @@ EXACT = 1e-12
 """Rounding of float64 in sums of some dozens of terms, relative."""
 
 SINGLE = 1e-5
-"""Rounding of float32 in a sum of 784 terms of up to ten, relative: 784 times 6e-8 at worst, far less as errors have
-both signs."""
+"""Rounding of float32 in a sum of 784 terms, relative: 784 times 6e-8 at worst, less as errors have both signs."""
 
 
 def _drawn(

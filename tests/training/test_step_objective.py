@@ -16,7 +16,7 @@ EXACT = 1e-10
 """Rounding of float64 in sums of dozens of terms, relative and absolute."""
 
 BFLOAT16 = 0.02
-"""Relative error of products of bfloat16 factors, of 8 significant bits, in two layers: 2^-8 each, a few together."""
+"""Relative error of products of bfloat16 factors, of 8 significant bits: 2^-8 in each of four layers."""
 
 ONE = torch.ones((), dtype=torch.float64)
 ROWS, SAMPLES = 6, 4
@@ -49,7 +49,7 @@ def _weighted(gradient: str) -> OptimizerConfig:
 
 
 def _gradients(vae: VAE, value: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(value, list(vae.parameters())))
+    return list(torch.autograd.grad(value, list(vae.parameters()), retain_graph=True))
 
 
 def _assert_same(vae: VAE, value: Tensor, expected: Tensor) -> None:
@@ -95,7 +95,7 @@ REFERENCES: dict[str, tuple[OptimizerConfig, Reference]] = {
 def test_objective_is_the_estimator_of_that_name(
     settings: OptimizerConfig, reference: Reference, vae: VAE, data: Tensor, noise: Tensor
 ) -> None:
-    """With weight one, its value and all gradients are those of `training.objectives` and `training.estimators`."""
+    """With weight one, value and gradients are those of `training.objectives` and `training.estimators`."""
     value, _ = StepObjective(vae, settings)(data, noise, ONE)
     _assert_same(vae, value, reference(vae, data, noise).mean())
 
@@ -112,7 +112,7 @@ def test_one_sample_needs_no_dimension_of_samples(vae: VAE, data: Tensor, noise:
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_both_terms_are_recorded_whatever_is_climbed(name: str, vae: VAE, data: Tensor, noise: Tensor) -> None:
-    """Mean log-likelihood of the samples, closed-form KL, and the bound without weights, even if the KL has one."""
+    """Mean log-likelihood of the samples, closed-form KL, and the bound without the weight that the KL has."""
     settings, reference = REFERENCES[name]
     _, recorded = StepObjective(vae, settings)(data, noise, 0.25 * ONE)
     terms = objectives.elbo(vae, data, noise)
@@ -150,7 +150,7 @@ def test_importance_weighted_bound_has_no_weight(vae: VAE, data: Tensor, noise: 
     assert torch.equal(first, second)
 
 
-def test_free_bits_of_two_processes_are_those_of_the_joined_batch(vae: VAE, data: Tensor, noise: Tensor) -> None:
+def test_free_bits_of_two_processes_are_those_of_one(vae: VAE, data: Tensor, noise: Tensor) -> None:
     """Whether a dimension pays is decided by the joined batch, so the gradients of the halves have its mean."""
     halves = [slice(0, ROWS // 2), slice(ROWS // 2, ROWS)]
     per_dim = [

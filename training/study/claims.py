@@ -42,6 +42,10 @@ ROWS: Final[dict[int, str]] = {
 """The checklist: what the article contains, row by row."""
 
 
+_LARGEST_COUNT: Final = 1e12
+"""Whole numbers below this are counts, and written out."""
+
+
 @dataclass(frozen=True)
 class Check:
     """A measured number beside what it must be. Made by the functions below, so that NaN never passes."""
@@ -68,22 +72,22 @@ class Check:
 def close(name: str, value: float, expected: float, *, within: float, source: str, unit: str = "nats") -> Check:
     """Require |value - expected| <= within. Derive the tolerance: rounding, or standard errors."""
     passed = abs(value - expected) <= within
-    return Check(name, value, f"{_number(expected)} ± {_number(within)}", passed, source, unit)
+    return Check(name, value, f"{as_text(expected)} ± {as_text(within)}", passed, source, unit)
 
 
 def at_least(name: str, value: float, bound: float, *, source: str, unit: str = "nats") -> Check:
     """Require value >= bound."""
-    return Check(name, value, f"≥ {_number(bound)}", value >= bound, source, unit)
+    return Check(name, value, f"≥ {as_text(bound)}", value >= bound, source, unit)
 
 
 def at_most(name: str, value: float, bound: float, *, source: str, unit: str = "nats") -> Check:
     """Require value <= bound."""
-    return Check(name, value, f"≤ {_number(bound)}", value <= bound, source, unit)
+    return Check(name, value, f"≤ {as_text(bound)}", value <= bound, source, unit)
 
 
 def between(name: str, value: float, low: float, high: float, *, source: str, unit: str = "nats") -> Check:
     """Require low <= value <= high."""
-    return Check(name, value, f"{_number(low)} to {_number(high)}", low <= value <= high, source, unit)
+    return Check(name, value, f"{as_text(low)} to {as_text(high)}", low <= value <= high, source, unit)
 
 
 def holds(name: str, fact: bool, *, source: str) -> Check:  # noqa: FBT001 - the fact is what is checked
@@ -148,8 +152,10 @@ class Section(NamedTuple):
         return tuple(check for block in self.blocks if isinstance(block, Checks) for check in block.items)
 
 
-def _number(value: float) -> str:
+def as_text(value: float) -> str:
     """Return a number as people write it: enough digits, no noise."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
+    if value == round(value) and abs(value) < _LARGEST_COUNT:
+        return f"{value:,.0f}"
     return f"{value:.3e}" if abs(value) < 1e-3 or abs(value) >= 1e6 else f"{value:.7g}"  # noqa: PLR2004

@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 
 from training.checkpoint import write_atomically
-from training.study.claims import ROWS, Block, Check, Checks, Correction, Figure, Section, Table
+from training.study.claims import ROWS, Block, Check, Checks, Correction, Figure, Section, Table, as_text
 
 TITLE: Final = "Latent variable models and variational inference, shown by numbers"
 
@@ -285,7 +285,7 @@ def _cells(check: Check) -> tuple[str, str, str, str]:
     if check.requirement == "true":
         return check.name, "true" if check.value else "false", "true", check.source
     unit = f" {check.unit}" if check.unit else ""
-    return check.name, f"{check.value:.7g}{unit}", check.requirement, check.source
+    return check.name, f"{as_text(check.value)}{unit}", check.requirement, check.source
 
 
 def _rows(section: Section) -> str:

@@ -129,7 +129,7 @@ def bound_against_samples(study: Study) -> Section:
     exact = float(_log_evidence(study, plane.vae, binary(plane.dataset.test[:num_images])).mean())
     course = _course(study, main.dataset.test)
     return Section(
-        "More samples, a tighter bound",
+        "The bound against the number of samples",
         (15,),
         (
             _SAMPLES,
@@ -292,7 +292,7 @@ def _log_evidence(study: Study, vae: VAE, data: Tensor) -> Tensor:
 
 
 def _axis(study: Study) -> Tensor:
-    return torch.linspace(-6, 6, study.size(quick=201, full=961), dtype=torch.float64)
+    return torch.linspace(-6, 6, study.size(quick=201, full=721), dtype=torch.float64)
 
 
 def _plane(study: Study, vae: VAE, pixels: Pixels) -> _Plane:

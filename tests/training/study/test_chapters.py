@@ -86,6 +86,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def test_the_quick_study_shows_every_row_and_every_check_passes(finished: Finished) -> None:
     """29 rows; exact, published and lawful numbers all as they must be."""
     assert finished.result["num_failed"] == 0
+    titles = re.findall(r"^### (.*)$", (finished.folder / "study.md").read_text(), flags=re.MULTILINE)
+    assert len(titles) == len(set(titles))  # they are the anchors of the page
     shown = {row for check in finished.result["checks"] for row in check["rows"]}
     assert shown | {29} == set(claims.ROWS)  # the last row is the list of references, which has nothing to measure
     assert "29 of the 29 rows" in (finished.folder / "study.md").read_text()

@@ -49,7 +49,8 @@ def test_requirements_are_readable() -> None:
     """The report shows what was required, not how it was compared."""
     assert claims.close("x", 1.0, -1.5574112, within=1e-12, source="law").requirement == "-1.557411 ± 1.000e-12"
     assert claims.at_least("x", 1.0, -101.0, source="law").requirement == "≥ -101"
-    assert claims.between("x", 1.0, 0.0, 2.5e6, source="law").requirement == "0 to 2.500e+06"
+    assert claims.between("x", 1.0, 0.5, 2.5e6 + 0.5, source="law").requirement == "0.5 to 2.500e+06"
+    assert claims.close("x", 1.0, 3_840_000, within=0, source="law").requirement == "3,840,000 ± 0"
 
 
 def test_a_section_collects_its_checks_in_order() -> None:

@@ -1,0 +1,59 @@
+"""One of several processes that share a batch: writes the gradients it has after the backward pass.
+
+`python -m tests.training.gradient_worker FOLDER`, in the environment that torchrun gives.
+"""
+
+import sys
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from training import distributed
+from training.config import ModelConfig, OptimizerConfig
+from training.distributed import Processes
+from training.models.vae import VAE
+from training.noise import TrainingStream, generator
+from training.step_objective import StepObjective, noise_shape
+
+BATCH_SIZE: Final = 12
+SEED: Final = 5
+
+SETTINGS: Final = {
+    "elbo": OptimizerConfig(),
+    "several samples": OptimizerConfig(num_samples=3),
+    "free bits": OptimizerConfig(free_nats=0.02),
+    "sticking the landing": OptimizerConfig(gradient="sticking-the-landing", num_samples=2),
+    "score function": OptimizerConfig(gradient="score-function", baseline="leave-one-out", num_samples=3),
+    "doubly reparametrised": OptimizerConfig(
+        bound="importance-weighted", gradient="doubly-reparametrised", num_samples=4, warm_up_fraction=0
+    ),
+}
+"""One objective of each kind."""
+
+
+def gradients(settings: OptimizerConfig, processes: Processes) -> dict[str, torch.Tensor]:
+    """Return the gradient of every weight after a backward pass on this process's rows of a batch."""
+    config = ModelConfig(latent_dim=4, hidden_dims=(16,))
+    vae = VAE(config, (1, 8, 8), generator(SEED, TrainingStream.INIT))
+    objective = processes.divided(
+        StepObjective(vae, settings, joined_mean=processes.joined_mean), torch.device("cpu")
+    )
+    source = torch.Generator().manual_seed(SEED)
+    data = (torch.rand((BATCH_SIZE, 1, 8, 8), generator=source) < 0.4).float()
+    noise = torch.randn(noise_shape(settings, BATCH_SIZE, 4), generator=source)
+    rows = processes.rows(BATCH_SIZE)
+    climbed, _ = objective(data[rows], noise[rows], torch.ones(()))
+    climbed.backward()
+    return {name: weight.grad for name, weight in vae.named_parameters() if weight.grad is not None}
+
+
+def main() -> None:
+    """Write the gradients of every objective to FOLDER/RANK.pt."""
+    with distributed.joined("cpu") as processes:
+        found = {name: gradients(settings, processes) for name, settings in SETTINGS.items()}
+        torch.save(found, Path(sys.argv[1]) / f"{processes.rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
