@@ -497,10 +497,10 @@ def _fit_on_ray(
     config: TrainingConfig, run: RunFolder, execution: Execution, *, resume: str, num_workers: int
 ) -> FitResult:
     """Fit in workers of Ray Train; what can be refused is refused before Ray starts."""
-    ray_launcher.check_installed()
     with console.DownloadProgress() as downloads:
         config, dataset = launch.load_data(config, execution, progress=downloads)
     check_setup(config, dataset, num_processes=num_workers)
+    ray_launcher.check_installed()
     launch.prepare(config, dataset, run, execution, resume=resume)
     with console.FitProgress(config) as progress:
         return ray_launcher.fit(config, run, execution, num_workers=num_workers, listener=progress)

@@ -225,13 +225,13 @@ class ChecksFailed(GateFailed):
 class EntropyUndercut(GateFailed):
     """A negative log-likelihood is lower than that of any model can be: what was computed is not one."""
 
-    def __init__(self, *, nll: float, entropy: float, standard_errors: float) -> None:
+    def __init__(self, *, nll: float, entropy: float, standard_error: float) -> None:
         super().__init__(
-            f"the NLL of {nll:.2f} nats lies {standard_errors:.0f} standard errors below {entropy:.2f}, the "
-            "entropy of the binarisation, which no model undercuts: an error in the program, please report it; "
-            "nothing was recorded"
+            f"the NLL of {nll:.2f} nats lies below {entropy:.2f}, the entropy of the binarisation, which no model "
+            f"undercuts (standard error of the difference {standard_error:.2f}): an error in the program, please "
+            "report it; nothing was recorded"
         )
-        self.nll, self.entropy, self.standard_errors = nll, entropy, standard_errors
+        self.nll, self.entropy, self.standard_error = nll, entropy, standard_error
 
 
 class GraphRejected(GateFailed):

@@ -138,3 +138,28 @@ def test_a_folder_of_somebody_else_is_not_cleared(tmp_path: Path) -> None:
     with pytest.raises(NotARun, match="not empty and not a run folder"):
         RunFolder(tmp_path).clear()
     assert (tmp_path / "config.json").read_text() == "theirs"
+
+
+def test_half_written_files_of_a_killed_process_are_swept(saved: Checkpoint, tmp_path: Path) -> None:
+    """They are ours by their name, whole files and those of others stay."""
+    run = RunFolder(tmp_path)
+    checkpoint.save(saved, run.last, run.best)
+    for name in (".last.pt.12.partial", ".metrics.jsonl.99999.partial", ".thesis.tex.12.partial"):
+        (tmp_path / name).write_text("half")
+    run.sweep()
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".thesis.tex.12.partial", "best.pt", "last.pt"]
+
+
+def test_a_folder_with_nothing_but_a_half_written_file_is_free(tmp_path: Path) -> None:
+    """Killed while it wrote its very first file, a run can begin again there."""
+    (tmp_path / ".environment.json.12.partial").write_text("{")
+    RunFolder(tmp_path).clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_checkpoint_can_have_two_names(saved: Checkpoint, tmp_path: Path) -> None:
+    """Both files hold the same bytes."""
+    run = RunFolder(tmp_path)
+    checkpoint.save(saved, run.best, run.last)
+    assert run.best.read_bytes() == run.last.read_bytes()
+    assert checkpoint.load(run.best).sha256() == saved.sha256()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -196,6 +197,40 @@ def test_killed_run_continues_bit_for_bit(
     assert _json("fit", "smoke", *LONG, "--output-dir", tmp_path)["weights_sha256"] == uninterrupted
 
 
+@pytest.mark.slow
+def test_run_killed_at_random_moments_continues_bit_for_bit(uninterrupted: str, tmp_path: Path, seed: int) -> None:
+    """Killed again and again, wherever it just is, the run ends with the weights of one that was left alone."""
+    command = [sys.executable, "-m", "training", "fit", "smoke", *LONG, "--output-dir", str(tmp_path), "--json"]
+    moments = random.Random(seed)  # noqa: S311  # no secret
+    num_killed, steps = 0, [0]
+    while num_killed < 4:
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            # From its imports to the end of the run: some are killed before the first step.
+            _wait_for_life(process, tmp_path)
+            time.sleep(moments.uniform(0, 0.5))
+            process.kill()
+        num_killed += process.returncode == -signal.SIGKILL
+        last = tmp_path / "last.pt"
+        steps.append(checkpoint.load(last).step if last.exists() else 0)
+        if steps[-1] == 2400:
+            break
+    assert steps == sorted(steps)
+    assert num_killed >= 1
+    assert _json("fit", "smoke", *LONG, "--output-dir", tmp_path)["weights_sha256"] == uninterrupted
+    assert not list(tmp_path.glob(".*"))
+
+
+def _wait_for_life(process: subprocess.Popen[bytes], run: Path) -> None:
+    """Return when a process has touched the run folder or ended; a kill before that would try nothing."""
+    began = time.time()
+    until = time.monotonic() + 60
+    file = run / "environment.json"
+    while process.poll() is None and time.monotonic() < until:
+        if file.exists() and file.stat().st_mtime > began:
+            return
+        time.sleep(0.005)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -207,6 +242,12 @@ def test_killed_run_continues_bit_for_bit(
         (["export", "nowhere", "bundle"], "vae-train: nowhere: there is no best.pt"),
         (["data", "cifar"], "vae-train: data set 'cifar' does not exist"),
         (["fit", "smoke", "--device", "tpu"], "tpu"),
+        (["fit", "smoke", "--batch-size", "513"], "batch_size is 513 and there are 512 training rows"),
+        (["fit", "smoke", "--set", "optimizer.bound=importance-weighted"], "set warm_up_fraction=0"),
+        (
+            ["fit", "smoke", "--launcher", "ray", "--num-workers", "3"],
+            "64, which 3 processes cannot share equally",
+        ),
         (["fit", "smoke", "--resume", "nowhere.pt"], "there is no nowhere.pt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

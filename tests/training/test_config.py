@@ -57,6 +57,49 @@ def test_each_likelihood_takes_its_own_settings() -> None:
     assert TrainingConfig().override(changes).model.noise_log_var_min == -4
 
 
+WEIGHTED = ["bound=importance-weighted", "warm_up_fraction=0", "num_samples=5"]
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["bound=importance-weighted"], "no KL term to weight or to spare; set warm_up_fraction=0"),
+        ([*WEIGHTED, "beta=2", "free_nats=0.1"], "set beta=1, free_nats=0"),
+        ([*WEIGHTED, "gradient=score-function"], "gradient=score-function is of bound=elbo"),
+        (["gradient=doubly-reparametrised"], "for the ELBO it is the same as gradient=sticking-the-landing"),
+        (["gradient=sticking-the-landing", "free_nats=1"], "a floor under the closed-form KL"),
+        (["gradient=score-function", "free_nats=1"], "set free_nats=0 or gradient=reparametrised"),
+        (["baseline=leave-one-out", "num_samples=2"], "belongs to gradient=score-function, not to reparametrised"),
+        (["gradient=score-function", "baseline=leave-one-out"], "set num_samples to at least 2"),
+        (["schedule=stages", "final_learning_rate=0.1"], "set final_learning_rate to at most learning_rate"),
+        (["gradient=pathwise"], "optimizer.gradient: .*'reparametrised', 'sticking-the-landing'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_objectives_that_make_no_sense_are_refused(assignments: list[str], message: str) -> None:
+    """The error says what does not go together, and the way out."""
+    with pytest.raises(ConfigError, match=message):
+        TrainingConfig().override([f"optimizer.{assignment}" for assignment in assignments])
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [
+        WEIGHTED,
+        [*WEIGHTED, "gradient=sticking-the-landing"],
+        [*WEIGHTED, "gradient=doubly-reparametrised"],
+        ["gradient=sticking-the-landing", "beta=2"],
+        ["gradient=score-function", "num_samples=2", "baseline=leave-one-out"],
+        ["free_nats=0.5", "beta=2", "num_samples=4"],
+    ],
+    ids=" ".join,
+)
+def test_objectives_that_make_sense_are_taken(assignments: list[str]) -> None:
+    """Each is a run."""
+    changed = TrainingConfig().override([f"optimizer.{assignment}" for assignment in assignments])
+    assert changed != TrainingConfig()
+
+
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_configuration_survives_its_file(name: str) -> None:
     """What a run folder records is the whole configuration."""

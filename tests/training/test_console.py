@@ -32,6 +32,15 @@ def test_fit_writes_a_line_per_validation(capsys: pytest.CaptureFixture[str]) ->
     assert captured.err.startswith("epoch 1/2  train ELBO -20.50  validation ELBO -20.50 = -20.00 - KL 0.50")
 
 
+def test_a_line_shows_the_bound_that_is_climbed(capsys: pytest.CaptureFixture[str]) -> None:
+    """The importance-weighted bound stands beside the ELBO and its terms."""
+    line = _metrics()
+    weighted = line.validation.merge({"importance_weighted": -19.75})
+    with console.FitProgress(presets.smoke()) as progress:
+        progress(line.model_copy(update={"validation": weighted}))
+    assert "-20.50 = -20.00 - KL 0.50  importance-weighted -19.75  1.2 s" in capsys.readouterr().err
+
+
 def test_collapse_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     """The warning names the figure and two remedies, and is not repeated every epoch."""
     with console.FitProgress(presets.smoke()) as progress:

@@ -29,3 +29,22 @@ def test_shortened_run_is_short() -> None:
     short = presets.shortened(presets.mnist_mlp())
     assert (short.optimizer.epochs, short.data.max_train_rows) == (2, 512)
     assert short.model == presets.mnist_mlp().model
+
+
+def test_the_paper_s_recipe_is_what_the_paper_says() -> None:
+    """Architecture, batch, length and step sizes of the IWAE experiment; nothing is averaged or chosen."""
+    config = presets.iwae_paper()
+    settings = config.optimizer
+    assert (config.model.hidden_dims, config.model.latent_dim, config.model.activation) == ((200, 200), 50, "tanh")
+    assert (settings.batch_size, settings.epochs, settings.schedule) == (20, 3280, "stages")
+    assert (settings.bound, settings.gradient) == ("importance-weighted", "reparametrised")
+    assert (settings.ema_decay, settings.selection) == (0, "last")
+    # Theirs is added to the root of a sum over the batch, ours to that of a mean.
+    assert settings.adam_epsilon * settings.batch_size == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("num_samples", [1, 50])
+def test_the_paper_s_k_is_a_setting(num_samples: int) -> None:
+    """Its table has 1, 5 and 50."""
+    config = presets.iwae_paper().override([f"optimizer.num_samples={num_samples}"])
+    assert config.optimizer.num_samples == num_samples

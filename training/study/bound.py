@@ -92,7 +92,7 @@ $$\mathrm{ELBO} = \mathbb{E}_q[\log p(x \mid z)] - \mathrm{KL}(q \parallel p(z))
 Form B reads as a trade: explain the data well (first term), with a $q$ that says as little as possible that the
 prior did not know (second). For Gaussians every term has a closed form; with $d$ latent dimensions
 
-$$H(q) = \sum_{j=1}^d \log \sigma_j + \frac{d}{2} \log 2 \pi e, \qquad
+$$H(q) = \sum_{j=1}^d \log \sigma_j + \frac{d}{2} \log \, 2 \pi e, \qquad
 \mathrm{KL}(q \parallel N(0, I)) = \frac{1}{2} \sum_{j=1}^d \left( \mu_j^2 + \sigma_j^2 - 1
 - \log \sigma_j^2 \right) .$$
 
@@ -363,7 +363,10 @@ def known_identity_checks() -> tuple[Check, ...]:
         ("KL from the prior to the posterior", gap, 0.4034264097),
     )
     return (
-        *(claims.close(name, value, digits, within=6e-11, source="known to ten") for name, value, digits in known),
+        *(
+            claims.close(name, value, digits, within=6e-11, source="known to ten decimals")
+            for name, value, digits in known
+        ),
         claims.close("their sum - log p(x)", bound + gap - log_prob, 0, within=1e-12, source="the identity"),
         claims.close(
             "ELBO - log p(x), $q$ the posterior",

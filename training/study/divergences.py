@@ -47,7 +47,7 @@ The first term alone asks for the highest average height. There is only one way 
 all of $q$. Its standard deviation goes to zero, and one is left with a single point, the most probable $z$.
 Nothing is said about how many other $z$ would do as well.
 
-The entropy $H(q) = \log \sigma + \frac{1}{2} \log 2 \pi e$ pays for width. It grows without end as $q$ spreads
+The entropy $H(q) = \log \sigma + \frac{1}{2} \log \, 2 \pi e$ pays for width. It grows without end as $q$ spreads
 and falls without end as $q$ shrinks, and with both terms $q$ settles at the width at which the landscape falls
 away as fast as the entropy rises. Here $x = w z + s \epsilon$ with noise $\epsilon$ from $N(0, 1)$, so that the
 landscape is a parabola, and that width is exactly the posterior's: $\sigma^2 = s^2 / (w^2 + s^2)$.
@@ -119,7 +119,7 @@ def entropy(study: Study) -> Section:  # noqa: ARG001  all experiments are calle
                 right=r"It covers as much as its shape can without reaching where the posterior is not: "
                 r"minimising $\mathrm{KL}(q \parallel p)$ is *zero-forcing*. With one hump that is all of it. "
                 f"With two a Gaussian $q$ takes one and leaves the other out, and misses {humps.gap:.3f} nats, "
-                r"about $\log 2$, of $\log p(x)$.",
+                r"about $\log \, 2$, of $\log p(x)$.",
             ),
         ),
     )
@@ -351,7 +351,7 @@ def hump_checks(humps: Humps) -> tuple[Check, ...]:
             humps.gap,
             least,
             math.log(2) + 0.05,
-            source=r"at least $\log 2$ less the entropy of the side, by the data-processing inequality",
+            source=r"at least $\log \, 2$ less the entropy of the side, by the data-processing inequality",
         ),
         claims.at_most(
             "bound of the best $q$ around zero - bound on one hump",
@@ -398,10 +398,10 @@ _KL_TEXT: Final = r"""
 The **Kullback-Leibler divergence** measures how well one distribution stands in for another,
 
 $$\mathrm{KL}(q \parallel p) = \mathbb{E}_q \left[ \log \frac{q(z)}{p(z)} \right]
-= \underbrace{-\mathbb{E}_q[\log p(z)]}_{\mathrm{cross\ entropy}} - H(q) .$$
+= -\mathbb{E}_q[\log p(z)] - H(q) ,$$
 
-It is the price, in nats per symbol, of coding messages from $q$ with a code made for $p$. It is never negative and
-zero only if both are the same. For Gaussians
+cross entropy less entropy. It is the price, in nats per symbol, of coding messages from $q$ with a code made for
+$p$. It is never negative and zero only if both are the same. For Gaussians
 
 $$\mathrm{KL}(N(\mu_1, \sigma_1^2) \parallel N(\mu_2, \sigma_2^2)) = \log \frac{\sigma_2}{\sigma_1}
 + \frac{\sigma_1^2 + (\mu_1 - \mu_2)^2}{2 \sigma_2^2} - \frac{1}{2} .$$
@@ -577,7 +577,7 @@ def order_checks(fits: Orders) -> tuple[Check, ...]:
             unit="",
         ),
         claims.at_most(
-            r"the same: largest difference of the divergence from $\log 2$",
+            r"the same: largest difference of the divergence from $\log \, 2$",
             float((fits.divergences[far] - math.log(2)).abs().max()),
             0.01,
             source="half of $p$ is given up",
@@ -638,8 +638,9 @@ One term of form A was left as a question: what is the gradient of $\mathbb{E}_q
 For the standard normal prior and $q = N(\mu, \mathrm{diag}(\sigma^2))$ it needs no sampling, because the
 logarithm of a Gaussian is a square and the mean of a square is $\mathbb{E}[z_j^2] = \mu_j^2 + \sigma_j^2$:
 
-$$\mathbb{E}_q[\log p(z)] = -\frac{1}{2} \sum_{j=1}^d \left( \mu_j^2 + \sigma_j^2 \right) - \frac{d}{2} \log 2 \pi,
-\qquad \frac{\partial}{\partial \mu_j} = -\mu_j, \qquad \frac{\partial}{\partial \sigma_j} = -\sigma_j .$$
+$$\mathbb{E}_q[\log p(z)] = -\frac{1}{2} \sum_{j=1}^d \left( \mu_j^2 + \sigma_j^2 \right)
+- \frac{d}{2} \log \, 2 \pi, \qquad \frac{\partial}{\partial \mu_j} = -\mu_j,
+\qquad \frac{\partial}{\partial \sigma_j} = -\sigma_j .$$
 
 The prior pulls every mean to zero and every standard deviation to zero, with a force in proportion: it is a
 spring. What keeps $\sigma$ from going there is once more the entropy, whose gradient $1 / \sigma_j$ pushes
@@ -752,9 +753,9 @@ def _spring_figure(study: Study) -> Figure:
     _draw_sampled(sampled_slopes, study)
     return Figure(
         "prior-gradient",
-        "Left: arrows show where the expected log prior alone pulls mean and width of $q$: to a point at zero. "
-        r"Middle: with the entropy, to the prior (star). Right: the slope in $\\sigma$ at $\\mu = 1$ by 2000 "
-        r"samples of each estimator, bars of two standard errors, on the exact line $-\\sigma$.",
+        r"Left: arrows show where the expected log prior alone pulls mean and width of $q$: to a point at zero. "
+        r"Middle: with the entropy, to the prior (star). Right: the slope in $\sigma$ at $\mu = 1$ by 2000 "
+        r"samples of each estimator, bars of two standard errors, on the exact line $-\sigma$.",
         figures.png(made),
     )
 

@@ -65,7 +65,7 @@ covariances were known, the colours could be guessed. **Expectation maximisation
 
 No step ever lowers $\log p(x)$, and keep the pattern in mind: the VAE will do the same two steps at once. The
 other way is to climb the gradient of $\log p(x)$ itself; the sum over $k$ can be differentiated like anything
-else. Both arrive at the same place.
+else. From most starts both arrive at the same place.
 """
 
 
