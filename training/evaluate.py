@@ -21,7 +21,7 @@ from training.bracket import Bracket, bracket
 from training.checkpoint import RunFolder, averaged_model, write_atomically
 from training.coders import Coder
 from training.collapse import Alarm
-from training.config import EvaluationConfig
+from training.config import EvaluationConfig, OptimizerConfig
 from training.data import Dataset, Pixels, SplitLabels, SplitName
 from training.errors import EntropyUndercut
 from training.likelihoods import Bernoulli
@@ -184,10 +184,19 @@ def evaluate_run(
     vae = averaged_model(best, dataset.data_shape, device)
     rows = dataset.rows(split)
     evaluation = evaluate(vae, rows, config, split=split, checkpoint_sha256=best.sha256(), train=dataset.train)
+    evaluation = evaluation.model_copy(update={"weights": _which_weights(best.config.optimizer)})
     if extras is not None:
         evaluation = with_extras(evaluation, vae, dataset, config, extras)
     write_atomically(run.evaluation, evaluation.to_json().encode())
     return evaluation
+
+
+def _which_weights(optimizer: OptimizerConfig) -> str:
+    """Say which weights of a run are its result."""
+    kind = "exponential moving average" if optimizer.ema_decay else "raw"
+    bound = "ELBO" if optimizer.bound == "elbo" else "importance-weighted bound"
+    when = f"best validation {bound}" if optimizer.selection == "validation" else "last epoch"
+    return f"{kind}, {when}"
 
 
 def recorded_evaluation(run: RunFolder) -> Evaluation | None:

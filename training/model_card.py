@@ -26,7 +26,7 @@ Decoded means of draws from the prior, seed {seed_of_pictures}; not a selection.
 
 ## Figures
 
-Test split, n = {n} images, averaged weights. Bounds in nats per image, mean and standard error over the images.
+Test split, n = {n} images. Weights: {weights}. Bounds in nats per image, mean and standard error over the images.
 
 | figure | value | standard error | |
 |---|---|---|---|
@@ -158,6 +158,7 @@ def model_card(manifest: Manifest, config: TrainingConfig, evaluation: Evaluatio
         seed_of_pictures=picture_seed,
         latent_dim=manifest.latent_dim,
         n=evaluation.num_images,
+        weights=evaluation.weights,
         k=evaluation.num_importance_samples,
         elbo=_cells(evaluation.elbo),
         log_likelihood=_cells(evaluation.log_likelihood),

@@ -55,7 +55,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """Return a preset's bundle: its own networks and likelihood, two epochs on few images."""
     config = presets.shortened(presets.named(request.param))
     folder = tmp_path_factory.mktemp(request.param)
-    run = RunFolder(folder / "run")
+    run = RunFolder(folder)
     dataset = strokes(data.described(config.data).data_shape)
     fit(config, dataset, run, device=CPU)
     evaluation = evaluate_run(run, dataset, config.evaluation, device=CPU)

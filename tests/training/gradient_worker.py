@@ -4,6 +4,7 @@
 """
 
 import sys
+import time
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,9 @@ from training.step_objective import StepObjective, noise_shape
 
 BATCH_SIZE: Final = 12
 SEED: Final = 5
+
+DOWNLOAD_S: Final = 0.5
+"""What the first process does alone takes so long; the other one would be done by then."""
 
 SETTINGS: Final = {
     "elbo": OptimizerConfig(),
@@ -49,10 +53,17 @@ def gradients(settings: OptimizerConfig, processes: Processes) -> dict[str, torc
 
 
 def main() -> None:
-    """Write the gradients of every objective to FOLDER/RANK.pt."""
+    """Wait for a pretended download, then write the gradients of every objective to FOLDER/RANK.pt."""
+    folder = Path(sys.argv[1])
     with distributed.joined("cpu") as processes:
+        with processes.first_alone():
+            if processes.is_first:
+                time.sleep(DOWNLOAD_S)
+                (folder / "downloaded").touch()
+            elif not (folder / "downloaded").exists():
+                raise FileNotFoundError("this process did not wait for the first one")
         found = {name: gradients(settings, processes) for name, settings in SETTINGS.items()}
-        torch.save(found, Path(sys.argv[1]) / f"{processes.rank}.pt")
+        torch.save(found, folder / f"{processes.rank}.pt")
 
 
 if __name__ == "__main__":

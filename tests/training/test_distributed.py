@@ -97,7 +97,7 @@ def test_an_uneven_batch_is_refused() -> None:
 
 @pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one_on_the_joined_batch(tmp_path: Path) -> None:
-    """For every objective, both processes end with the gradient of the whole batch."""
+    """For every objective, both end with the gradient of the whole batch; what the first fetched, both find."""
     with _pair("tests.training.gradient_worker", tmp_path) as processes:
         for process in processes:
             _, said = process.communicate(timeout=TIMEOUT_S)

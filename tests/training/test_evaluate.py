@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -273,3 +274,15 @@ def test_extras_of_other_likelihoods_are_grey(digits: Dataset) -> None:
     quality = with_extras(measured, vae, digits, _config(), Extras(num_samples=40))
     assert [found.kind for found in quality.sample_quality] == ["means"]
     assert (quality.geometry, quality.bracket) == (None, None)
+
+
+def test_a_record_says_which_weights_were_measured(
+    smoke_run: SmokeRun, evaluation: Evaluation, digits: Dataset, tmp_path: Path
+) -> None:
+    """Averaged or raw, the best of the validation or the last: as the configuration has it."""
+    assert evaluation.weights == "exponential moving average, best validation ELBO"
+    best = checkpoint.load(smoke_run.folder.best)
+    config = best.config.override(["optimizer.ema_decay=0", "optimizer.selection=last"])
+    raw = RunFolder(tmp_path)
+    checkpoint.save(replace(best, config=config), raw.best)
+    assert evaluate_run(raw, digits, config.evaluation, device=CPU).weights == "raw, last epoch"

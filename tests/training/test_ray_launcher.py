@@ -39,6 +39,7 @@ def _lines(run: RunFolder) -> list[Metrics]:
 @pytest.mark.timeout(TIMEOUT_S + 20)
 def test_two_workers_fit_the_run_of_one_process(smoke_run: SmokeRun, run: RunFolder) -> None:
     """The same bounds to within rounding, told line by line; the local cluster ends with the command."""
+    pytest.importorskip("pandas", reason="the extra ray-train is not installed")
     command = [sys.executable, "-m", "training", "fit", "smoke", "--launcher", "ray", "--num-workers", "2"]
     command += ["--output-dir", str(run.path), "--json"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
