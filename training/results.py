@@ -11,6 +11,7 @@ from typing import Final
 from serving.typed_config import Config, ConfigError
 from training import checkpoint
 from training.checkpoint import RunFolder, write_atomically
+from training.config import TrainingConfig
 from training.errors import RunNotFound
 from training.evaluate import Evaluation, recorded_evaluation
 from training.model_card import reproduction_command
@@ -39,7 +40,7 @@ class Result(Config):
     """Name of the configuration."""
 
     command: str
-    """What repeats the run."""
+    """What repeats the run and its evaluation."""
 
     config_sha256: str
     """Digest of the resolved configuration."""
@@ -77,7 +78,7 @@ def of_run(run: RunFolder) -> Result:
     last_line = json.loads(run.metrics.read_text().splitlines()[-1])
     return Result(
         name=best.config.name,
-        command=reproduction_command(best.config),
+        command=f"{reproduction_command(best.config)} && {_evaluation_command(best.config, evaluation)}",
         config_sha256=best.config.sha256(),
         seed=best.config.seed,
         seconds=last_line["seconds"],
@@ -128,6 +129,17 @@ def _lines(results: Sequence[Result]) -> Iterator[str]:
             f"`{result.command}`",
         )
         yield f"| {' | '.join(cells)} |"
+
+
+def _evaluation_command(config: TrainingConfig, evaluation: Evaluation) -> str:
+    """Return the command that repeats an evaluation: with every number that differs from the configuration's."""
+    usual = config.evaluation
+    options = [f"vae-train evaluate runs/{config.name}"]
+    if evaluation.num_importance_samples != usual.num_importance_samples:
+        options.append(f"--num-importance-samples {evaluation.num_importance_samples}")
+    if evaluation.num_images > usual.max_images:
+        options.append(f"--max-images {evaluation.num_images}")
+    return " ".join(options)
 
 
 def _duration(seconds: float) -> str:

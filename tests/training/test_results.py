@@ -32,10 +32,18 @@ def test_a_result_holds_what_was_measured_and_what_decides_it(run: RunFolder, ev
     """Figures, configuration, hardware, time and the command that repeats them."""
     result = results.of_run(run)
     assert result.evaluation == evaluation
-    assert result.command == "vae-train fit smoke"
+    assert result.command == "vae-train fit smoke && vae-train evaluate runs/smoke"
     assert result.config_sha256 == presets.smoke().sha256()
     assert result.hardware == "Example 9000"
     assert result.seconds == json.loads(run.metrics.read_text().splitlines()[-1])["seconds"]
+
+
+def test_the_command_repeats_the_evaluation_too(run: RunFolder, evaluation: Evaluation) -> None:
+    """More images or samples than the configuration has are part of what a reader must type."""
+    larger = evaluation.model_copy(update={"num_images": 250, "num_importance_samples": 5000})
+    write_atomically(run.evaluation, larger.to_json().encode())
+    expected = "vae-train evaluate runs/smoke --num-importance-samples 5000 --max-images 250"
+    assert results.of_run(run).command.endswith(f" && {expected}")
 
 
 def test_a_run_without_current_figures_has_no_result(run: RunFolder) -> None:
@@ -68,6 +76,7 @@ def test_the_readme_shows_the_recorded_results() -> None:
 @pytest.mark.parametrize("result", results.read(results.FOLDER), ids=lambda result: result.name)
 def test_a_recorded_result_is_that_of_its_preset(result: results.Result) -> None:
     """Whoever changes a preset records it anew, so that its command gives its line."""
-    assert result.command.startswith(f"vae-train fit {result.name}")
-    if result.command == f"vae-train fit {result.name}":
-        assert result.config_sha256 == presets.named(result.name).sha256()
+    fit, evaluate = result.command.split(" && ")
+    assert evaluate.startswith(f"vae-train evaluate runs/{result.name}")
+    assert fit.startswith(f"vae-train fit {result.name}")
+    assert (result.config_sha256 == presets.named(result.name).sha256()) == (fit == f"vae-train fit {result.name}")
