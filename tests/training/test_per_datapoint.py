@@ -176,5 +176,6 @@ def test_rows_have_adam_states_of_their_own(source: torch.Generator) -> None:
 def test_parameters_grow_with_the_data() -> None:
     """MNIST with 32 latent dimensions stores 3,840,000 numbers; an encoder 784-400-(32+32) has 339,664."""
     assert PosteriorTable.at_prior(60_000, 32).num_parameters == 2 * 32 * 60_000 == 3_840_000
-    encoder = Encoder(presets.mnist_mlp().model, (1, 28, 28), generator(0, TrainingStream.INIT))
+    sizes = presets.mnist_mlp().model.override(["hidden_dims=[400]", "latent_dim=32"])
+    encoder = Encoder(sizes, (1, 28, 28), generator(0, TrainingStream.INIT))
     assert sum(parameter.numel() for parameter in encoder.parameters()) == 339_664
