@@ -63,7 +63,8 @@ def learnt_parts(study: Study) -> Section:
     data = binarise_rows(dataset.test[:8], seed=config.evaluation.seed)
     source = study.source(1600)
     moved = gradients_by_term(vae, data, torch.randn((len(data), vae.latent_dim), generator=source))
-    mnist = VAE(presets.mnist_mlp().model, (1, 28, 28), generator(0, TrainingStream.INIT))
+    named_in_the_article = presets.mnist_mlp().model.override(["hidden_dims=[400]", "latent_dim=32"])
+    mnist = VAE(named_in_the_article, (1, 28, 28), generator(0, TrainingStream.INIT))
     stored = stored_parameters_moved(vae, data, source)
     checks = (
         *(
@@ -109,7 +110,7 @@ def learnt_parts(study: Study) -> Section:
         (16,),
         (
             _PARTS_TEXT,
-            _parts_table((config.name, vae, config.model, len(dataset.train)), (presets.mnist_mlp().name, mnist)),
+            _parts_table((config.name, vae, config.model, len(dataset.train)), ("784-400-32 on MNIST", mnist)),
             _terms_table(moved),
             Checks(checks),
         ),
