@@ -29,8 +29,8 @@ def mnist_mlp() -> TrainingConfig:
     return TrainingConfig(
         name="mnist-mlp",
         data=DataConfig(name="mnist"),
-        # A second hidden layer is worth seven nats after 30 epochs: -93.5 of validation ELBO against -100.9 of
-        # 784-400-32, the small model of the literature.
+        # Two hidden layers: 784-400-32, the small model of the literature, ends 30 epochs with a validation ELBO
+        # of -100.9, where 784-512-512-40 has -93.5 after 27 of 100.
         model=ModelConfig(latent_dim=32, hidden_dims=(512, 512)),
         optimizer=OptimizerConfig(epochs=75),
     )
