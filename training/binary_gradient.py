@@ -7,15 +7,13 @@ The gradient needs no intermediate of the value, so none is kept; the value need
 see `training.binary_log_prob`, which is for many latents of each row and has no gradient.
 """
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-_NUM_JOINS: Final = 4
-"""Sixteen pixels share a logarithm. Their product is infinite only where together they are 88 nats worse than
-certain; the value is then computed pixel by pixel."""
+from training.binary_log_prob import log_prob_of_odds
 
 
 def log_prob(logits: Tensor, data: Tensor) -> Tensor:
@@ -40,9 +38,7 @@ class _LogProb(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, data: Tensor) -> Tensor:  # noqa: ANN401  # PyTorch's own context
         ctx.save_for_backward(logits, data)
         odds = torch.addcmul(logits, data, logits, value=-2).exp_()
-        for _ in range(_NUM_JOINS):
-            odds = _joined(odds)
-        value = odds.log1p_().sum(dim=-1).neg_()
+        value = log_prob_of_odds(odds)
         if bool(value.isfinite().all()):
             return value
         return (data * logits - functional.softplus(logits)).sum(dim=-1)
@@ -52,11 +48,3 @@ class _LogProb(torch.autograd.Function):
         logits, data = ctx.saved_tensors
         (gradient,) = gradients
         return torch.sub(data, torch.sigmoid(logits)).mul_(gradient.unsqueeze(-1)), None
-
-
-def _joined(odds: Tensor) -> Tensor:
-    """Return half as many odds with the same product of 1 + odds; a last one without partner is kept."""
-    half, rest = divmod(odds.shape[-1], 2)
-    first, second = odds[..., :half], odds[..., half : 2 * half]
-    pairs = torch.addcmul(first, first, second).add_(second)
-    return torch.cat((pairs, odds[..., -1:]), dim=-1) if rest else pairs

@@ -31,13 +31,22 @@ def binary_log_prob(likelihood: Bernoulli, data: Tensor) -> Tensor:
     """
     signs = (1 - 2 * data).flatten(start_dim=1).unsqueeze(1)
     odds = (likelihood.logits.flatten(start_dim=2) * signs).exp_()
-    for _ in range(_NUM_JOINS):
-        odds = _joined(odds)
-    log_prob = odds.log1p_().sum(dim=-1).neg_()
+    log_prob = log_prob_of_odds(odds)
     if bool(log_prob.isfinite().all()):
         return log_prob
     # Absurdly bad reconstructions: the exponential has overflowed.
     return likelihood.log_prob(data.unsqueeze(1))
+
+
+def log_prob_of_odds(odds: Tensor) -> Tensor:
+    """Return minus the sum of log(1 + odds) over the last dimension; infinite where sixteen odds overflow.
+
+    Args:
+        odds: Of the values that were not observed, shape (..., num_pixels); overwritten.
+    """
+    for _ in range(_NUM_JOINS):
+        odds = _joined(odds)
+    return odds.log1p_().sum(dim=-1).neg_()
 
 
 def _joined(odds: Tensor) -> Tensor:

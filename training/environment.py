@@ -31,7 +31,7 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    return f"{_processor()}, {threads}"
+    return f"{processor()}, {threads}"
 
 
 def environment_json(*, seed: int, device: torch.device) -> str:
@@ -47,7 +47,7 @@ def environment_json(*, seed: int, device: torch.device) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return the processor's model; its architecture where the system does not tell the model."""
     try:
         lines = _CPU_INFO.read_text().splitlines()

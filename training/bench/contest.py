@@ -31,10 +31,10 @@ from training.bench.tasks import (
     held_out_elbo,
 )
 from training.data import MAX_PIXEL, Pixels
+from training.environment import processor
 from training.models.vae import VAE
 
 _DATA_SHAPE: Final = (1, 28, 28)
-_CPU_INFO: Final = Path("/proc/cpuinfo")
 
 
 class Images(NamedTuple):
@@ -171,10 +171,8 @@ def present(entries: Sequence[Entry], folder: Path | None) -> list[Entry]:
 
 def machine() -> dict[str, str]:
     """Return what a reader must know of this machine."""
-    lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "processor": processor(),
         "cores": str(os.cpu_count()),
         "system": platform.system(),
         "load before": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
