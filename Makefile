@@ -8,12 +8,15 @@ CLIENTS := $(VENV)/clients
 CLIENTS_STAMP := $(CLIENTS)/.installed
 PEERS := $(VENV)/training-peers
 PEERS_STAMP := $(PEERS)/.installed
+SERVING_PEERS := $(VENV)/serving-peers
+# PyTriton needs Python 3.11 below 3.11.7: Debian 12 has one.
+PYTRITON_PYTHON ?= /usr/bin/python3
 PROTOS := protos/vae/v1/vae.proto protos/inference/inference.proto
 DEMO := demo
 BASE ?= main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clients training-peers fmt check test demo serve bench bench-against perf-analyzer protos clean
+.PHONY: help setup clients training-peers serving-peers fmt check test demo serve bench bench-peers bench-against perf-analyzer protos clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +27,7 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	@echo 'installing the tested versions into $(VENV) (a minute or two)'
-	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[serving,training,tensorboard,ray-train,dev]'
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[serving,load,training,tensorboard,ray-train,dev]'
 	@touch $@
 
 clients: $(CLIENTS_STAMP) ## create the environment of tritonclient, for the tests against it
@@ -41,6 +44,19 @@ training-peers: $(PEERS_STAMP) ## fetch pythae and Pyro, for `vae-train bench`
 $(PEERS_STAMP): .ci/training-peers.txt | $(STAMP)
 	rm -rf $(PEERS)
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps --target $(PEERS) --requirement .ci/training-peers.txt
+	@touch $@
+
+serving-peers: $(SERVING_PEERS)/mlserver/.installed $(SERVING_PEERS)/pytriton/.installed ## fetch MLServer and PyTriton, for `make bench-peers`
+
+$(SERVING_PEERS)/mlserver/.installed: .ci/peers-mlserver.txt | $(STAMP)
+	$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+$(SERVING_PEERS)/pytriton/.installed: .ci/peers-pytriton.txt | $(STAMP)
+	@$(PYTRITON_PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 11, 7) else "PyTriton needs Python 3.11 below 3.11.7, this is " + sys.version.split()[0] + ": name one, make serving-peers PYTRITON_PYTHON=PATH")'
+	$(PYTRITON_PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
 fmt: $(STAMP) ## format the code and fix what can be fixed
@@ -72,6 +88,9 @@ serve: $(STAMP) $(DEMO)/bundle/manifest.json ## keep the demo's model up on port
 
 bench: $(STAMP) ## what distribution costs: echo, in-process and Ray, alternating
 	$(BIN)/python -m tests.benchmarks.engines
+
+bench-peers: $(STAMP) ## beside MLServer, PyTriton and plain Ray Serve, recorded; OPTIONS=--quick for a look
+	$(BIN)/python -m tests.benchmarks.peers $(OPTIONS)
 
 bench-against: $(STAMP) ## what the change since BASE costs, alternating with it
 	git worktree add --force --detach $(VENV)/base $(BASE)
