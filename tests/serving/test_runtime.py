@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,14 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
+import serving.runtime
 from serving import bundle
 from serving.bundle import Bundle, Manifest
+from serving.config import AcceleratorConfig
+from serving.device_runs import DeviceRuns
 from serving.errors import BundleError, DeadlineExceeded, ProviderUnavailable
 from serving.runtime import Graph, GraphRuntime
+from serving.sessions import CPU, TOLERANCES
 
 GRAPHS: tuple[Graph, ...] = ("encoder", "decoder")
 OUTPUTS = {"encoder": ("mean", "log_var"), "decoder": ("logits", "mean")}
@@ -205,6 +210,25 @@ def test_names_that_the_graph_does_not_have_are_refused(small: Bundle, key: str)
         _load(_changed(small, encoder=encoder, golden=golden), "encoder")
 
 
+def test_small_runs_are_quick_and_large_ones_are_not(small: Bundle) -> None:
+    """One row of a small graph is run on the spot; what may take long never is."""
+    runtime = GraphRuntime(small, "encoder", device="cpu", threads=1)
+    assert runtime.is_quick(1)
+    assert not runtime.is_quick(17)
+
+
+def test_a_slow_graph_is_never_quick(small: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of which one row takes a millisecond gets a thread for every run."""
+    plain = GraphRuntime.run
+
+    def slow(self: GraphRuntime, rows: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
+        time.sleep(1e-3)
+        return plain(self, rows, outputs)
+
+    monkeypatch.setattr(GraphRuntime, "run", slow)
+    assert not GraphRuntime(small, "decoder", device="cpu", threads=1).is_quick(1)
+
+
 def test_golden_rows_are_pixels() -> None:
     """The golden data are whole pixel values from 0 to 255, and never change."""
     data = bundle.golden_data((1, 4, 4))
@@ -220,3 +244,120 @@ def test_batch_independence_is_seen_and_its_lack_too(small: Bundle, monkeypatch:
     honest = runtime.run
     monkeypatch.setattr(runtime, "run", lambda rows, names: [v + v.max() for v in honest(rows, names)])
     assert not runtime.is_batch_independent()
+
+
+@pytest.fixture
+def on_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `cuda` mean the CPU provider: the whole path of a GPU, buffers and binding included, in host memory."""
+    monkeypatch.setattr(serving.runtime, "providers", lambda *_, **__: [(CPU, {})])
+
+
+def _accelerated(small: Bundle, graph: Graph, **values: Any) -> GraphRuntime:  # noqa: ANN401 - values of a config
+    accelerator = AcceleratorConfig.parse({"buckets": (1, 8, 32)} | values)
+    return GraphRuntime(small, graph, device="cuda", threads=1, accelerator=accelerator)
+
+
+@pytest.mark.usefixtures("on_buffers")
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_the_path_of_a_gpu_gives_what_a_cpu_gives(
+    small: Bundle, graph: Graph, seed: int, *, cuda_graphs: bool
+) -> None:
+    """Bit for bit, for numbers of rows below, at and above the buckets, and for outputs in any order."""
+    plain, runtime = _load(small, graph), _accelerated(small, graph, cuda_graphs=cuda_graphs)
+    for num_rows in (1, 2, 8, 9, 32, 33, 70):
+        rows = _rows(graph, num_rows, seed)
+        for names in (OUTPUTS[graph], OUTPUTS[graph][::-1], OUTPUTS[graph][:1]):
+            for wanted, actual in zip(plain.run(rows, names), runtime.run(rows, names), strict=True):
+                assert actual.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.usefixtures("on_buffers")
+def test_the_report_tells_what_a_gpu_holds(small: Bundle) -> None:
+    """Precision, buckets, lanes and the bytes of buffers: 41 rows of 16 + 2 + 2 floats in each of three lanes."""
+    report = _accelerated(small, "encoder", precision="tf32", num_lanes=3).report
+    assert (report.precision, report.buckets, report.num_lanes) == ("tf32", (1, 8, 32), 3)
+    assert report.device_bytes == 3 * 41 * 20 * 4
+    assert report.nodes == ((CPU, 4),)
+    assert not report.is_page_locked
+
+
+def test_a_cpu_has_neither_buckets_nor_another_precision(small: Bundle) -> None:
+    """What is configured for a GPU does not change what the CPU computes, nor what is said of it."""
+    accelerator = AcceleratorConfig(precision="tf32", buckets=(4,))
+    report = GraphRuntime(small, "encoder", device="cpu", threads=1, accelerator=accelerator).report
+    assert (report.precision, report.buckets, report.num_lanes, report.device_bytes) == ("fp32", (), 0, 0)
+
+
+@pytest.mark.usefixtures("on_buffers")
+def test_a_bucket_that_answers_otherwise_is_refused(small: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a CUDA graph replayed for another bucket would: found at start, before the first caller."""
+    honest = DeviceRuns.warm_up
+
+    def disturbed(self: DeviceRuns, rows: Any, check: Any, outputs: Any) -> None:  # noqa: ANN401
+        honest(self, rows, lambda values, n: check([v + (n == 32) for v in values], n), outputs)
+
+    monkeypatch.setattr(DeviceRuns, "warm_up", disturbed)
+    with pytest.raises(BundleError, match="mean of 32 rows in a batch is not what it is for four"):
+        _accelerated(small, "encoder")
+
+
+@pytest.mark.usefixtures("on_buffers")
+@pytest.mark.parametrize(("precision", "is_served"), [("fp32", False), ("tf32", True)])
+def test_each_precision_has_its_own_gate(small: Bundle, precision: str, *, is_served: bool) -> None:
+    """Off by 0.002, a known answer is TF32's rounding, and damage where arithmetic is exact."""
+    golden = [answer.model_dump() for answer in small.manifest.golden]
+    first, *rest = golden[0]["first"]
+    golden[0]["first"] = (first + 0.002 * (1 + abs(first)), *rest)
+    spoiled = _changed(small, golden=golden)
+    if is_served:
+        assert _accelerated(spoiled, "encoder", precision=precision).report.precision == precision
+    else:
+        with pytest.raises(BundleError, match="is not its known answer here"):
+            _accelerated(spoiled, "encoder", precision=precision)
+
+
+@pytest.fixture
+def cuda(small: Bundle) -> None:
+    """Skip where CUDA cannot be used, and say why."""
+    try:
+        GraphRuntime(small, "encoder", device="cuda", threads=1)
+    except ProviderUnavailable as reason:
+        pytest.skip(f"no CUDA here: {reason}")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("values", [{}, {"cuda_graphs": True}, {"precision": "tf32"}, {"num_lanes": 1}], ids=str)
+def test_a_gpu_gives_what_a_cpu_gives(small: Bundle, graph: Graph, values: dict[str, Any], seed: int) -> None:
+    """Within the tolerance of the precision, for rows below, at and above the buckets; from threads, too."""
+    plain, runtime = _load(small, graph), _accelerated(small, graph, **values)
+    tolerance = TOLERANCES["tf32" if "precision" in values else "fp32"]
+    batches = [_rows(graph, num_rows, seed + num_rows) for num_rows in (1, 2, 8, 9, 32, 33, 70)] * 5
+    with ThreadPoolExecutor(4) as pool:
+        computed = list(pool.map(lambda rows: runtime.run(rows, OUTPUTS[graph]), batches))
+    for rows, outputs in zip(batches, computed, strict=True):
+        for wanted, actual in zip(plain.run(rows, OUTPUTS[graph]), outputs, strict=True):
+            np.testing.assert_allclose(actual, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_with_one_bucket_a_row_on_a_gpu_does_not_depend_on_its_batch(
+    small: Bundle, graph: Graph, seed: int
+) -> None:
+    """Bit for bit, each row of a batch is the row run alone, because both run in the same shape."""
+    runtime, rows = _accelerated(small, graph, buckets=(64,)), _rows(graph, 64, seed)
+    together = runtime.run(rows, OUTPUTS[graph])
+    alone = [runtime.run(row[None], OUTPUTS[graph]) for row in rows]
+    for index, values in enumerate(together):
+        assert values.tobytes() == b"".join(outputs[index].tobytes() for outputs in alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_staging_memory_is_page_locked_on_a_gpu(small: Bundle) -> None:
+    """CUDA's library is there, so rows need no help of the processor on their way."""
+    assert _accelerated(small, "encoder").report.is_page_locked
