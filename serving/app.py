@@ -47,12 +47,12 @@ def build(config: ServingConfig) -> serve.Application:
     spread: dict[str, Any] = {} if config.gateway.share_port else {"max_replicas_per_node": 1}
     front = serve.deployment(
         name="Gateway",
-        num_replicas=config.gateway.num_replicas,
         graceful_shutdown_timeout_s=_shutdown_s(config),
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=1.0,
         health_check_timeout_s=5.0,
         ray_actor_options={"num_cpus": config.gateway.num_cpus},
+        **scaling.gateway_options(config.gateway),
         **spread,
     )(Gateway)
     return front.bind(config.model_dump(), _graph("encoder", config), _graph("decoder", config))
@@ -144,9 +144,11 @@ def _located(config: ServingConfig) -> ServingConfig:
 def _connect(config: ServingConfig, *, is_local: bool) -> None:
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if is_local:
+        quiet["address"] = "local"  # else Ray would join whatever cluster already runs on this machine
         parts = (config.encoder, config.decoder)
-        needed = config.gateway.num_replicas * config.gateway.num_cpus + sum(
-            part.num_cpus * part.max_replicas for part in parts
+        num_gateways = max(config.gateway.num_replicas, config.gateway.max_replicas)
+        needed = num_gateways * config.gateway.num_cpus + sum(
+            part.num_cpus * max(part.min_replicas, part.max_replicas) for part in parts
         )
         # Logical processors: a laptop with two must still place all three deployments.
         quiet["num_cpus"] = max(os.cpu_count() or 1, math.ceil(needed) + 1)
@@ -192,23 +194,20 @@ def _deployed(config: ServingConfig, stop: threading.Event) -> Iterator[None]:
         yield
     finally:
         if handles.done() and not handles.exception():
-            _drain(handles.result(), config.gateway.num_replicas, _shutdown_s(config))
+            _drain(handles.result(), _shutdown_s(config))
         serve.delete(APPLICATION)
 
 
-def _drain(gateway: DeploymentHandle[Any], num_replicas: int, timeout_s: float) -> None:
-    """Drain every gateway while the graphs still run: calls made after the deletion has begun would hang.
-
-    A handle chooses the replica, so calls are made until each replica has answered one.
-    """
-    drained: set[str] = set()
-    deadline = time.monotonic() + timeout_s
+def _drain(gateway: DeploymentHandle[Any], timeout_s: float) -> None:
+    """Drain every gateway while the graphs still run: calls made after the deletion has begun would hang."""
     try:
-        while len(drained) < num_replicas and (left_s := deadline - time.monotonic()) > 0:
-            calls = [gateway.drain.remote() for _ in range(num_replicas)]
-            drained |= {str(call.result(timeout_s=left_s)) for call in calls}
-    except Exception as error:  # noqa: BLE001 - a gateway that is lost cannot drain; the rest must still be stopped
-        logger.warning("a gateway did not drain", extra={"reason": type(error).__name__})
+        # Each of them, however many there are now; one that is lost must not keep the others from draining.
+        ends = gateway.broadcast("drain").results(timeout_s=timeout_s, return_exceptions=True)
+    except Exception as error:  # noqa: BLE001 - what does not drain must be stopped all the same
+        ends = [error]
+    for end in ends:
+        if isinstance(end, BaseException):
+            logger.warning("a gateway did not drain", extra={"reason": type(end).__name__})
 
 
 def _deploy(application: serve.Application, handles: "Future[DeploymentHandle[Any]]") -> None:

@@ -13,6 +13,9 @@ MIB = 2**20
 MAX_MESSAGE_BYTES = 2**31 - 1 - 64 * 1024
 """What gRPC's limit, a 32-bit integer, can hold beside the overhead of a message."""
 
+MAX_BATCH_ROWS = 65_536
+"""Most rows in one run of a graph that can be configured."""
+
 
 def _falling_shares(shares: tuple[float, float, float]) -> tuple[float, float, float]:
     if not all(0 < share <= 1 for share in shares) or list(shares) != sorted(shares, reverse=True):
@@ -23,19 +26,19 @@ def _falling_shares(shares: tuple[float, float, float]) -> tuple[float, float, f
 class BatchingConfig(Config):
     """How rows of concurrent requests become runs of a graph."""
 
-    max_batch_rows: int = Field(default=512, ge=1, le=65_536)
+    max_batch_rows: int = Field(default=512, ge=1, le=MAX_BATCH_ROWS)
     """Most rows in one run of a graph. With 128 calls of 64 rows in flight, 512 gave 1.14 (in-process) and 1.55
     (Ray) times the Encode throughput of 128."""
 
     max_in_flight: int | None = Field(default=None, ge=1, le=64)
-    """Runs in flight while rows gather; by default what the engine can overlap. A full batch goes out beyond it,
-    so that pressure shows as ongoing calls to Serve's autoscaler."""
+    """Runs in flight for each replica while rows gather; by default what the engine can overlap. A full batch goes
+    out beyond it, so that no replica waits for the next."""
 
     max_gather_s: float = Field(default=0.002, ge=0, le=1)
     """Longest time rows gather for a free slot while more keep coming, seconds."""
 
     max_full_in_flight: int = Field(default=8, ge=1, le=256)
-    """Most runs in flight when batches are full."""
+    """Most runs in flight for each replica when batches are full."""
 
     max_queue_rows: int = Field(default=16_384, ge=1)
     """Rows that wait or run, per graph; above it calls are shed."""
@@ -267,6 +270,26 @@ class AdmissionConfig(Config):
     _check_shed_at = field_validator("shed_at")(_falling_shares)
 
 
+class ScalingConfig(Config):
+    """When the replicas of a deployment become more or fewer (Ray engine only)."""
+
+    target_load: float = Field(default=0.7, gt=0, le=1)
+    """Share of its time that a replica should work, a gateway its processor, at most."""
+
+    drain_s: float = Field(default=1.0, gt=0)
+    """Time in which rows that wait should be run: more of them mean more replicas, seconds. Graphs only."""
+
+    up_after_s: float = Field(default=1.0, ge=0)
+    """Time for which more replicas must be wanted before they are started, seconds. Reports take about two more,
+    and a replica a few to start."""
+
+    down_after_s: float = Field(default=30.0, ge=0)
+    """Time for which fewer replicas must be wanted before some are stopped, seconds."""
+
+    zero_after_s: float = Field(default=300.0, ge=0)
+    """Time without work after which the last replica is stopped where `min_replicas` is 0, seconds."""
+
+
 class GatewayConfig(Config):
     """The process that speaks gRPC."""
 
@@ -281,7 +304,14 @@ class GatewayConfig(Config):
     gateway (a mesh, an edge proxy) secures the transport."""
 
     num_replicas: int = Field(default=1, ge=1, le=64)
-    """Gateways (Ray engine only), each on a node of its own unless they share a port."""
+    """Gateways (Ray engine only), each on a node of its own unless they share a port; the fewest if they scale."""
+
+    max_replicas: int = Field(default=1, ge=1, le=64)
+    """Most gateways. Above `num_replicas`, their number follows the load. A new gateway gets new connections only:
+    callers that are connected come to it when theirs has reached `transport.max_connection_age_s`."""
+
+    scaling: ScalingConfig = ScalingConfig()
+    """When there are more or fewer gateways."""
 
     share_port: bool = False
     """Whether several gateways on one machine share the port (Linux). The system then spreads connections, not
@@ -336,17 +366,80 @@ class ReplicasConfig(Config):
     """Share of a GPU reserved for a replica. By default none on `cpu` and one half on `cuda`, so that both graphs
     fit one GPU."""
 
-    min_replicas: int = Field(default=1, ge=1)
-    """Fewest replicas."""
+    min_replicas: int = Field(default=1, ge=0)
+    """Fewest replicas. With 0 the graph may sleep: the next call then waits, within its deadline, until a replica
+    is up."""
 
     max_replicas: int = Field(default=1, ge=1)
-    """Most replicas. Above `min_replicas`, Serve scales the deployment on its ongoing batch calls."""
+    """Most replicas. Above `min_replicas`, their number follows the load."""
+
+    scaling: ScalingConfig = ScalingConfig()
+    """When there are more or fewer replicas."""
+
+    direct_runs: bool = True
+    """Whether gateways send runs over connections of their own, to a port that each replica opens on its node's
+    address for those with its token; off: through Serve's handle only. Where the port cannot be reached the handle
+    is used anyway."""
 
     attempt_timeout_s: float = Field(default=10.0, gt=0)
     """Time for one run on a replica, after which it is tried again elsewhere, seconds."""
 
     max_attempts: int = Field(default=3, ge=1, le=10)
     """Times one run is tried when its replica is lost."""
+
+
+class AcceleratorConfig(Config):
+    """How graphs run on a GPU. With `device: cpu` nothing here counts."""
+
+    provider: Literal["cuda", "tensorrt"] = "cuda"
+    """ONNX Runtime's execution provider. TensorRT compiles the graph at the first start, for minutes (raise
+    `start_timeout_s`). What it does not know runs on CUDA; a graph of which it takes nothing is refused."""
+
+    precision: Literal["fp32", "tf32", "fp16"] = "fp32"
+    """Arithmetic of matrix products. TF32 rounds their factors to 10 bits of mantissa; fp16 does so, with a
+    smaller range, to everything, by TensorRT alone and on the bundle's own bytes. TensorRT has no fp32 here: ONNX
+    Runtime cannot switch its TF32 off. Each has its own tolerance for known answers, see `serving.sessions`."""
+
+    memory_limit_bytes: int | None = Field(default=None, ge=64 * MIB)
+    """Most memory of the GPU that the arena of one session may hold, bytes; no limit by default. The buffers of
+    the lanes come on top. Give one where replicas share a GPU: `num_gpus` only counts shares."""
+
+    convolution_search: Literal["default", "heuristic", "exhaustive"] = "heuristic"
+    """How cuDNN chooses algorithms. Exhaustive times them, so that two replicas may round differently."""
+
+    buckets: tuple[int, ...] = ()
+    """Sizes of batches that run, in rows, ascending; smaller ones are padded with zeros. By default 1, 8, 32 and
+    then doubling up to `batching.max_batch_rows`. Kernels differ with the size, so a row's last bits may depend on
+    its bucket: with a single bucket every row is computed in the same way."""
+
+    num_lanes: int = Field(default=2, ge=1, le=8)
+    """Runs of one graph in flight, each on buffers and a stream of its own: the copies of one overlap the kernels
+    of another. All outputs have buffers: of a categorical decoder, 0.8 MB for an MNIST row with 256 levels."""
+
+    cuda_graphs: bool = False
+    """Whether each bucket is captured as a CUDA graph at start and replayed, one launch instead of one per kernel.
+    The whole graph must run on the GPU; each lane then has a session, and so weights, and a thread of its own."""
+
+    engine_cache: str = ""
+    """Folder in which TensorRT keeps engines and timings between starts. Empty: it compiles at each start. Engines
+    are code that is run: nobody else may write there."""
+
+    @field_validator("buckets")
+    @classmethod
+    def _check_buckets(cls, buckets: tuple[int, ...]) -> tuple[int, ...]:
+        if list(buckets) != sorted(set(buckets)) or any(not 1 <= size <= MAX_BATCH_ROWS for size in buckets):
+            raise ValueError(f"expected ascending numbers of rows from 1 to {MAX_BATCH_ROWS}")
+        return buckets
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> Self:
+        if self.provider == "cuda" and self.precision == "fp16":
+            raise ValueError("precision fp16 needs provider tensorrt")
+        if self.provider == "tensorrt" and self.precision == "fp32":
+            raise ValueError("provider tensorrt computes in tf32 or fp16: choose a precision")
+        if self.provider == "tensorrt" and self.cuda_graphs:
+            raise ValueError("cuda_graphs needs provider cuda: TensorRT's keeps one graph, for one size of batch")
+        return self
 
 
 class ServingConfig(Config):
@@ -360,6 +453,9 @@ class ServingConfig(Config):
 
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the graphs run. If CUDA is asked for and cannot be used, the service does not start."""
+
+    accelerator: AcceleratorConfig = AcceleratorConfig()
+    """How graphs run on a GPU."""
 
     start_timeout_s: float = Field(default=120.0, gt=0)
     """Time for the deployments to come up, seconds."""
@@ -384,6 +480,11 @@ class ServingConfig(Config):
         own = (self.encoder if graph == "encoder" else self.decoder).num_gpus
         return own if own is not None else {"cpu": 0.0, "cuda": 0.5}[self.device]
 
+    def bucketed_accelerator(self) -> AcceleratorConfig:
+        """Return how graphs run on a GPU, with the buckets that follow from the batches where none are given."""
+        buckets = self.accelerator.buckets or bucket_ladder(self.batching.max_batch_rows)
+        return self.accelerator.model_copy(update={"buckets": buckets})
+
 
 def load(path: Path | None, **values: object) -> ServingConfig:
     """Return the configuration of a YAML file with `values` (those that are not None) over it.
@@ -401,6 +502,22 @@ def load(path: Path | None, **values: object) -> ServingConfig:
             raise ConfigError(f"configuration file {path}: expected keys and values")
     tree |= {key: value for key, value in values.items() if value is not None}
     return ServingConfig.parse(tree)
+
+
+def bucket_ladder(max_rows: int) -> tuple[int, ...]:
+    """Return the sizes of batches that run on a GPU, up to the first that holds `max_rows`.
+
+    From 32 on they double, so that fewer than half of the rows of a run are padding. Below, a run costs the same
+    whatever its size, and each bucket costs time at start.
+
+    Example:
+        >>> bucket_ladder(200)
+        (1, 8, 32, 64, 128, 256)
+    """
+    ladder = [1, 8, 32]
+    while ladder[-1] < max_rows:
+        ladder.append(2 * ladder[-1])
+    return tuple(size for index, size in enumerate(ladder) if index == 0 or ladder[index - 1] < max_rows)
 
 
 def session_threads(num_cpus: float) -> int:

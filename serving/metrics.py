@@ -25,6 +25,7 @@ BATCH_RUN: Final = Histogram(
     "vae_batch_run_seconds", "Time of one run, transport included.", ["graph"], buckets=_LATENCY_BUCKETS
 )
 QUEUE_ROWS: Final = Gauge("vae_queue_rows", "Rows that wait or run.", ["graph"])
+REPLICAS: Final = Gauge("vae_replicas", "Replicas that answered the last check.", ["graph"])
 MODEL: Final = Info("vae_model", "The loaded model.")
 
 

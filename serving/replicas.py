@@ -3,18 +3,25 @@
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serving import bundle, logs
 from serving.config import ServingConfig, session_threads
+from serving.direct.security import Security
+from serving.direct.server import DirectServer
 from serving.engine.protocol import Rows
-from serving.engine.ray_engine import RayEngine
+from serving.engine.ray_engine import RayEngine, ReplicaReport
 from serving.errors import EngineUnavailable
 from serving.gateway.server import GatewayServer
-from serving.runtime import GraphRuntime, LoadReport
+from serving.meters import CallMeter, RowMeter
+from serving.runtime import GraphRuntime
+
+_DRAIN_S: Final = 10.0
+"""Time for runs over connections to end when the replica is stopped, seconds: half of what Serve gives it."""
 
 
 class GraphReplica:
@@ -28,30 +35,81 @@ class GraphReplica:
         StartupError: If the bundle does not verify or its graph does not run here as it should.
     """
 
-    def __init__(self, graph: Literal["encoder", "decoder"], config: dict[str, Any]) -> None:
+    async def __init__(self, graph: Literal["encoder", "decoder"], config: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray Serve awaits a constructor
         logs.configure()
         settings = ServingConfig.parse(config)
         own = settings.encoder if graph == "encoder" else settings.decoder
         self._graph = GraphRuntime(
-            bundle.read(settings.bundle), graph, device=settings.device, threads=session_threads(own.num_cpus)
+            bundle.read(settings.bundle),
+            graph,
+            device=settings.device,
+            threads=session_threads(own.num_cpus),
+            accelerator=settings.bucketed_accelerator(),
         )
         # Two threads: the copies of one run overlap the compute of the other.
-        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="onnxruntime")
+        num_threads = max(2, self._graph.report.num_lanes)
+        self._pool = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="onnxruntime")
+        self._meter = RowMeter()
+        self._direct: DirectServer | None = None
+        if own.direct_runs:
+            self._direct = DirectServer(
+                self.run,
+                replica=serve.get_replica_context().replica_id.unique_id,
+                host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
+                security=Security.from_environment(),
+            )
+            await self._direct.start()
 
-    async def run(self, rows: Rows, outputs: tuple[str, ...], timeout_s: float) -> tuple[str, tuple[Rows, ...]]:
+    async def run(
+        self, rows: Rows, outputs: tuple[str, ...], timeout_s: float, backlog: tuple[str, float] | None = None
+    ) -> tuple[str, tuple[Rows, ...]]:
         """Return the version of the model and its outputs for rows.
+
+        Args:
+            rows: Input of the graph.
+            outputs: Names of the outputs to compute.
+            timeout_s: Time in which their turn must come, seconds.
+            backlog: Name of the gateway, and this replica's part of the rows that wait there.
 
         Raises:
             DeadlineExceeded: If the rows' turn comes later than `timeout_s` from now.
         """
         expires_at = time.monotonic() + timeout_s
-        loop = asyncio.get_running_loop()
-        values = await loop.run_in_executor(self._pool, self._graph.run_until, expires_at, rows, outputs)
+        if backlog is not None:
+            self._meter.hear(*backlog)
+        self._meter.hold(len(rows))
+        try:
+            if self._graph.is_quick(len(rows)):
+                values = self._run(expires_at, rows, outputs)
+            else:
+                loop = asyncio.get_running_loop()
+                values = await loop.run_in_executor(self._pool, self._run, expires_at, rows, outputs)
+        finally:
+            self._meter.hold(-len(rows))
         return self._graph.report.version, tuple(values)
 
-    async def describe(self) -> LoadReport:
-        """Return what is loaded and where it runs."""
-        return self._graph.report
+    async def describe(self) -> ReplicaReport:
+        """Return what is loaded, where it runs, and where runs may be sent."""
+        return ReplicaReport(self._graph.report, self._direct.address if self._direct else None)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return the load since the last time; Serve asks where the deployment scales."""
+        return self._meter.report()
+
+    async def __del__(self) -> None:
+        """End the runs that Serve does not know of; it awaits this before it ends the replica."""
+        direct: DirectServer | None = getattr(self, "_direct", None)
+        if direct is not None:
+            await direct.close(_DRAIN_S)
+
+    def _run(self, expires_at: float, rows: Rows, outputs: tuple[str, ...]) -> list[Rows]:
+        begun, is_done = self._meter.begin(len(rows)), False
+        try:
+            values = self._graph.run_until(expires_at, rows, outputs)
+            is_done = True
+        finally:
+            self._meter.end(begun, len(rows), is_done=is_done)
+        return values
 
 
 class Gateway:
@@ -69,13 +127,21 @@ class Gateway:
         logs.configure()
         settings = ServingConfig.parse(config)
         manifest = bundle.read_manifest(settings.bundle)
-        self._server = GatewayServer(RayEngine(encoder, decoder, manifest, settings), manifest, settings)
+        engine = RayEngine(encoder, decoder, manifest, settings)
+        self._server = GatewayServer(engine, manifest, settings)
+        operations = self._server.operations
+        engine.count_waiting = operations.num_waiting
+        self._meter = CallMeter(lambda: self._server.num_calls, lambda: operations.num_rows)
         await self._server.start()
 
     async def check_health(self) -> None:
         """Fail when the task that watches the engine is dead. An ill engine must not restart gateways."""
         if not self._server.health.is_alive and not self._server.is_draining:
             raise EngineUnavailable(graph="gateway", detail="the health watch has ended")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return the load since the last time; Serve asks where the deployment scales."""
+        return self._meter.report()
 
     async def is_ready(self) -> bool:
         """Return whether both graphs answer."""

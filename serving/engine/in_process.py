@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from serving.bundle import Bundle, DecoderOutput
 from serving.config import ServingConfig, session_threads
-from serving.engine.protocol import Posterior, Providers, Rows
+from serving.engine.protocol import Graph, Posterior, Providers, Rows
 from serving.runtime import GraphRuntime
 
 
@@ -24,13 +24,18 @@ class InProcessEngine:
 
     def __init__(self, bundle: Bundle, config: ServingConfig) -> None:
         threads = session_threads(config.encoder.num_cpus), session_threads(config.decoder.num_cpus)
-        self._encoder = GraphRuntime(bundle, "encoder", device=config.device, threads=threads[0])
-        self._decoder = GraphRuntime(bundle, "decoder", device=config.device, threads=threads[1])
+        gpu = config.bucketed_accelerator()
+        self._encoder = GraphRuntime(bundle, "encoder", device=config.device, threads=threads[0], accelerator=gpu)
+        self._decoder = GraphRuntime(bundle, "decoder", device=config.device, threads=threads[1], accelerator=gpu)
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="onnxruntime")
 
     @property
     def num_slots(self) -> int:
         """One: a second run would only take processor time from the first and from the event loop."""
+        return 1
+
+    def num_replicas(self, _graph: Graph) -> int:
+        """One: this process."""
         return 1
 
     async def encode(self, data: Rows, timeout_s: float) -> Posterior:
@@ -52,7 +57,9 @@ class InProcessEngine:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, graph: GraphRuntime, rows: Rows, timeout_s: float, *outputs: str) -> list[Rows]:
-        # `InferenceSession.run` lets go of the interpreter lock, so the event loop goes on.
         expires_at = time.monotonic() + timeout_s
+        if graph.is_quick(len(rows)):
+            return graph.run_until(expires_at, rows, outputs)
+        # `InferenceSession.run` lets go of the interpreter lock, so the event loop goes on.
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, graph.run_until, expires_at, rows, outputs)

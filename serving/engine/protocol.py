@@ -1,13 +1,15 @@
 """The seam between what callers ask for and who runs the graphs."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from numpy.typing import NDArray
 
 from serving.bundle import DecoderOutput
 
 Rows = NDArray[Any]
+Graph = Literal["encoder", "decoder"]
+GRAPHS: Final[tuple[Graph, Graph]] = ("encoder", "decoder")
 
 
 class Posterior(NamedTuple):
@@ -29,7 +31,11 @@ class Engine(Protocol):
 
     @property
     def num_slots(self) -> int:
-        """Runs of one graph that it can overlap."""
+        """Runs of one graph that one replica can overlap."""
+        ...
+
+    def num_replicas(self, graph: Graph) -> int:
+        """Return how many replicas of a graph run now, as far as is known; 0 if it sleeps for want of work."""
         ...
 
     async def encode(self, data: Rows, timeout_s: float) -> Posterior:

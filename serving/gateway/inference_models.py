@@ -109,7 +109,9 @@ class Model:
             ],
             instance_group=[
                 pb.ModelInstanceGroup(
-                    name=self.graph, count=replicas.min_replicas if config.engine == "ray" else 1, kind=kind
+                    name=self.graph,
+                    count=max(1, replicas.min_replicas) if config.engine == "ray" else 1,
+                    kind=kind,
                 )
             ],
             dynamic_batching=pb.ModelDynamicBatching(

@@ -18,7 +18,7 @@ from serving import likelihoods, noise
 from serving.batching import BatchReport, RowBatcher
 from serving.bundle import Manifest
 from serving.config import ServingConfig
-from serving.engine.protocol import Engine, Posterior
+from serving.engine.protocol import GRAPHS, Engine, Graph, Posterior
 from serving.errors import (
     Busy,
     NotFinite,
@@ -160,14 +160,25 @@ class Operations:
             RowBatcher, config=config.batching, num_slots=config.batching.max_in_flight or engine.num_slots
         )
         observe_encoder, observe_decoder = (functools.partial(on_batch, graph) for graph in ("encoder", "decoder"))
-        self.encoder = make(self._run_encoder, name="encoder", on_batch=observe_encoder)
-        self.decoder = make(
-            self._run_decoder, name="decoder", on_batch=observe_decoder, assemble=self._assemble_latents
+        encoders, decoders = (functools.partial(engine.num_replicas, graph) for graph in GRAPHS)
+        self.encoder = make(self._run_encoder, name="encoder", on_batch=observe_encoder, num_replicas=encoders)
+        # Drawn latents are made when a run needs them.
+        make = functools.partial(
+            make, name="decoder", on_batch=observe_decoder, assemble=self._assemble_latents, num_replicas=decoders
         )
+        self.decoder = make(self._run_decoder)
         # Rows of one run have the same outputs, so parameters have runs of their own on the same graph.
-        self.scorer = make(
-            self._run_scorer, name="decoder", on_batch=observe_decoder, assemble=self._assemble_latents
-        )
+        self.scorer = make(self._run_scorer)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that wait or run."""
+        return sum(batcher.num_rows for batcher in (self.encoder, self.decoder, self.scorer))
+
+    def num_waiting(self, graph: Graph) -> int:
+        """Return the rows that are in no run of a graph yet."""
+        batchers = [self.encoder] if graph == "encoder" else [self.decoder, self.scorer]
+        return sum(batcher.num_waiting for batcher in batchers)
 
     @property
     def is_stalled(self) -> bool:

@@ -1,6 +1,7 @@
 """Start, serve, drain: one port with the typed API, grpc.health.v1 and reflection."""
 
 import asyncio
+import functools
 import logging
 import socket
 import time
@@ -15,7 +16,7 @@ from serving import metrics
 from serving.batching import BatchReport
 from serving.bundle import Manifest
 from serving.config import GatewayConfig, ServingConfig, address_of
-from serving.engine.protocol import Engine, Providers
+from serving.engine.protocol import GRAPHS, Engine, Providers
 from serving.errors import PortTaken
 from serving.gateway import inference_service, vae_service
 from serving.gateway.admission import Admission
@@ -82,11 +83,18 @@ class GatewayServer:
         self.port = 0
         self._metrics: metrics.Endpoint | None = None
         _observe_gateway(self._traffic, self.operations, manifest)
+        for graph in GRAPHS:
+            metrics.REPLICAS.labels(graph).set_function(functools.partial(engine.num_replicas, graph))
 
     @property
     def is_draining(self) -> bool:
         """Whether the drain has begun."""
         return self._drain_task is not None
+
+    @property
+    def num_calls(self) -> int:
+        """Calls in flight."""
+        return self._traffic.num_in_flight
 
     @property
     def metrics_port(self) -> int | None:

@@ -33,13 +33,20 @@ class Service(NamedTuple):
         """Its address."""
         return f"127.0.0.1:{self.port}"
 
-    def replica(self, deployment: str) -> psutil.Process:
-        """Return the process of a deployment's replica."""
+    def replicas(self, deployment: str) -> list[psutil.Process]:
+        """Return the processes of a deployment's replicas."""
+        found = []
         for process in self.process.children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 if f"ServeReplica:vae:{deployment}" in " ".join(process.cmdline()):
-                    return process
-        raise AssertionError(f"no replica of {deployment}")
+                    found.append(process)
+        return found
+
+    def replica(self, deployment: str) -> psutil.Process:
+        """Return the process of a deployment's replica."""
+        found = self.replicas(deployment)
+        assert found, f"no replica of {deployment}"
+        return found[0]
 
     def is_serving(self, name: str = SERVICE) -> bool:
         """Ask grpc.health.v1; False also when nothing listens."""

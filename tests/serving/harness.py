@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from protos.vae.v1 import vae_pb2 as pb
 from serving.bundle import Bundle, DecoderOutput, Manifest
 from serving.config import ServingConfig
-from serving.engine.protocol import Posterior, Providers, Rows
+from serving.engine.protocol import Graph, Posterior, Providers, Rows
 from serving.errors import EngineUnavailable
 from serving.gateway.server import GatewayServer
 
@@ -45,6 +45,10 @@ class PuppetEngine:
     @property
     def num_slots(self) -> int:
         """One run of each graph at a time."""
+        return 1
+
+    def num_replicas(self, _graph: Graph) -> int:
+        """One."""
         return 1
 
     async def encode(self, data: Rows, _timeout_s: float) -> Posterior:

@@ -2,11 +2,8 @@
 
 from typing import Any
 
-import pytest
-
 from serving.app import build
 from serving.config import ServingConfig
-from serving.scaling import options
 
 
 def test_the_application_is_a_gateway_on_two_graphs() -> None:
@@ -21,6 +18,15 @@ def test_the_application_is_a_gateway_on_two_graphs() -> None:
     assert graphs["Encoder"].num_replicas == 1
     assert graphs["Decoder"].ray_actor_options["num_cpus"] == 2
     assert graphs["Decoder"]._deployment_config.autoscaling_config.max_replicas == 5  # noqa: SLF001 - as above
+    assert gateway.num_replicas == 1
+
+
+def test_gateways_may_scale_where_they_share_a_port() -> None:
+    """Then nothing keeps two of them from one node."""
+    config = ServingConfig(bundle="b").override(["gateway.share_port=true", "gateway.max_replicas=3"])
+    gateway: Any = build(config)._bound_deployment  # noqa: SLF001 - as above
+    assert gateway._deployment_config.autoscaling_config.max_replicas == 3  # noqa: SLF001 - as above
+    assert gateway._replica_config.max_replicas_per_node is None  # noqa: SLF001 - as above
 
 
 def test_the_gateway_has_time_to_drain() -> None:
@@ -28,13 +34,3 @@ def test_the_gateway_has_time_to_drain() -> None:
     config = ServingConfig(bundle="b")
     grace_s = build(config)._bound_deployment._deployment_config.graceful_shutdown_timeout_s  # noqa: SLF001 - as above
     assert grace_s > config.gateway.drain_timeout_s + config.gateway.stop_grace_s
-
-
-@pytest.mark.parametrize(("low", "high", "scales"), [(1, 1, False), (2, 2, False), (1, 3, True)])
-def test_a_deployment_scales_only_where_there_is_room(low: int, high: int, *, scales: bool) -> None:
-    """Equal bounds fix the number of replicas."""
-    chosen = options(
-        ServingConfig().override([f"encoder.min_replicas={low}", f"encoder.max_replicas={high}"]).encoder
-    )
-    assert ("autoscaling_config" in chosen) == scales
-    assert scales or chosen["num_replicas"] == low

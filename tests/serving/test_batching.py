@@ -104,10 +104,20 @@ async def make(puppet: Puppet, clock: Clock) -> AsyncIterator[Make]:
     made: list[RowBatcher] = []
 
     def maker(
-        *, num_slots: int = 1, on_batch: Callable[[BatchReport], None] = lambda _: None, **values: float
+        *,
+        num_slots: int = 1,
+        num_replicas: Callable[[], int] = lambda: 1,
+        on_batch: Callable[[BatchReport], None] = lambda _: None,
+        **values: float,
     ) -> RowBatcher:
         batcher = RowBatcher(
-            puppet.run, _bounds(values), name="encoder", num_slots=num_slots, clock=clock, on_batch=on_batch
+            puppet.run,
+            _bounds(values),
+            name="encoder",
+            num_slots=num_slots,
+            num_replicas=num_replicas,
+            clock=clock,
+            on_batch=on_batch,
         )
         made.append(batcher)
         return batcher
@@ -260,6 +270,62 @@ async def test_a_full_batch_goes_out_beyond_the_slots(make: Make, puppet: Puppet
     await turns()
     assert puppet.sizes() == [1, 8, 8]
     assert batcher.num_in_flight == 3
+
+
+async def test_slots_and_full_batches_follow_the_replicas(make: Make, puppet: Puppet) -> None:
+    """With a second replica twice as many runs go out, of rows that gather and of full batches; and back."""
+    num_replicas = 1
+    batcher = make(num_replicas=lambda: num_replicas, max_full_in_flight=2)
+    for tag in range(3):
+        submit(batcher, tagged(tag, 1))
+        await turns()
+    assert puppet.sizes() == [1]
+    num_replicas = 2
+    submit(batcher, tagged(3, 1))
+    await turns()
+    assert puppet.sizes() == [1, 3]
+    submit(batcher, tagged(4, 30))
+    await turns()
+    assert puppet.sizes() == [1, 3, 8, 8]
+    assert batcher.num_in_flight == 2 * 2
+    assert batcher.num_waiting == 14
+    num_replicas = 1
+    puppet.finish(0)
+    await turns()
+    assert batcher.num_in_flight == 3, "what is in flight ends as it began, and nothing takes its place"
+
+
+async def test_idle_replicas_share_what_waits(make: Make, puppet: Puppet) -> None:
+    """A large request does not keep one replica busy beside idle ones, and gets its rows in order."""
+    batcher = make(num_replicas=lambda: 4, max_batch_rows=512)
+    task = submit(batcher, tagged(1, 500))
+    await turns()
+    assert puppet.sizes() == [125] * 4
+    for index in (2, 0, 3, 1):
+        puppet.finish(index)
+    doubled, _ = await done(task)
+    np.testing.assert_array_equal(doubled, tagged(1, 500) * 2)
+
+
+async def test_few_rows_are_not_shared(make: Make, puppet: Puppet) -> None:
+    """A call costs milliseconds whatever its size: below 64 rows one replica does them."""
+    batcher = make(num_replicas=lambda: 4, max_batch_rows=512)
+    submit(batcher, tagged(1, 100))
+    await turns()
+    assert puppet.sizes() == [64, 36]
+
+
+async def test_a_graph_that_wakes_up_is_not_stalled(make: Make, puppet: Puppet, clock: Clock) -> None:
+    """Rows wait while no replica runs on purpose; they go out, once one at a time, and health says nothing."""
+    num_replicas = 0
+    batcher = make(num_replicas=lambda: num_replicas, stall_after_s=10)
+    submit(batcher, tagged(0, 1))
+    await turns()
+    assert puppet.sizes() == [1]
+    clock.now += 11
+    assert not batcher.is_stalled
+    num_replicas = 1
+    assert batcher.is_stalled
 
 
 async def test_the_dead_do_not_make_a_batch_full(make: Make, puppet: Puppet) -> None:

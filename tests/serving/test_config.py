@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from serving import config as configuration
-from serving.config import ServingConfig, load, session_threads
+from serving.config import AcceleratorConfig, ServingConfig, bucket_ladder, load, session_threads
 from serving.typed_config import ConfigError
 
 
@@ -92,6 +92,13 @@ def test_every_number_has_a_range() -> None:
         "gateway.transport.keepalive_time_s=0.5",
         "gateway.transport.compression=deflate",
         "gateway.num_replicas=0",
+        "gateway.max_replicas=0",
+        "encoder.min_replicas=-1",
+        "encoder.max_replicas=0",
+        "decoder.scaling.target_load=0",
+        "decoder.scaling.target_load=1.1",
+        "decoder.scaling.drain_s=0",
+        "decoder.scaling.up_after_s=-1",
         "gateway.auth.health=closed",
         "gateway.auth.reflection=maybe",
         "gateway.admission.max_calls=0",
@@ -217,3 +224,39 @@ def test_threads_of_a_session_are_its_share(num_cpus: float, expected: int) -> N
 def test_only_loopback_is_listened_on_by_default() -> None:
     """Without transport security, nobody outside the machine may call unless told."""
     assert configuration.GatewayConfig().host == "127.0.0.1"
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 8, 9, 31, 32, 33, 64, 500, 512, 513, 65_536])
+def test_the_buckets_hold_a_batch_and_waste_less_than_half(max_rows: int) -> None:
+    """Every batch up to the largest has a bucket; from 33 rows on more than half of the bucket is rows."""
+    ladder = bucket_ladder(max_rows)
+    assert list(ladder) == sorted(set(ladder))
+    assert ladder[-1] >= max_rows
+    assert len(ladder) == 1 or ladder[-2] < max_rows
+    for num_rows in range(33, max_rows + 1, 7):
+        assert min(size for size in ladder if size >= num_rows) < 2 * num_rows
+
+
+def test_buckets_follow_the_batches_unless_given() -> None:
+    """`batching.max_batch_rows` decides the largest; what is configured stays."""
+    batches = {"batching": {"max_batch_rows": 64}}
+    assert ServingConfig.parse(batches).bucketed_accelerator().buckets == (1, 8, 32, 64)
+    given = batches | {"accelerator": {"buckets": [256], "num_lanes": 3}}
+    assert ServingConfig.parse(given).bucketed_accelerator() == AcceleratorConfig(buckets=(256,), num_lanes=3)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"precision": "fp16"}, "precision fp16 needs provider tensorrt"),
+        ({"provider": "tensorrt"}, "provider tensorrt computes in tf32 or fp16"),
+        ({"provider": "tensorrt", "precision": "fp16", "cuda_graphs": True}, "cuda_graphs needs provider cuda"),
+        ({"buckets": [8, 1]}, "ascending numbers of rows from 1"),
+        ({"buckets": [8, 8]}, "ascending numbers of rows from 1"),
+        ({"buckets": [0, 8]}, "ascending numbers of rows from 1"),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_refused(values: dict[str, object], message: str) -> None:
+    """At once, on any machine, not at the first start on a GPU."""
+    with pytest.raises(ConfigError, match=message):
+        ServingConfig.parse({"accelerator": values})
