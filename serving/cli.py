@@ -29,7 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 from serving import config as configuration
-from serving import demo, logs, pictures
+from serving import demo, event_loop, logs, pictures
 from serving.client import (
     Bound,
     CallOptions,
@@ -53,6 +53,9 @@ from serving.config import GatewayConfig, ServingConfig, address_of
 from serving.errors import StartupError
 from serving.gateway.credentials import is_loopback
 from serving.keys_command import keys_app
+from serving.load_command import load, load_compare
+from serving.loadtest.endpoint import Endpoint
+from serving.plan_command import plan
 from serving.typed_config import ConfigError
 
 DEFAULT_TARGET: Final = "localhost:50051"
@@ -133,6 +136,22 @@ class Connection:
         except ValueError as error:
             raise ConfigError(f"--target {self.target}: {error}") from None
 
+    def endpoint(self, *, retries: bool) -> Endpoint:
+        """Return what other processes need to open channels of their own; `open` first says what is wrong."""
+        ca, cert, key = (path.read_bytes() if path else None for path in (self.ca, self.cert, self.key))
+        api_key = _secret(self.api_key_file) if self.api_key_file else os.environ.get(KEY_VARIABLE) or None
+        return Endpoint(
+            target=self.target,
+            is_tls=bool(self.tls or self.ca or self.cert),
+            ca=ca,
+            certificate=cert,
+            private_key=key,
+            api_key=None if self.token_file else api_key,
+            token_file=self.token_file,
+            priority=self.priority,
+            retries=retries,
+        )
+
     @property
     def options(self) -> CallOptions:
         """What goes with each call."""
@@ -199,6 +218,11 @@ def _secret(path: Path) -> str:
     return words[0]
 
 
+app.command()(connected(load))
+app.command()(load_compare)
+app.command()(plan)
+
+
 @app.command()
 def up(
     bundle: Annotated[str | None, typer.Option(help="Folder or URL of the bundle.")] = None,
@@ -215,7 +239,7 @@ def up(
     settings = _settings(config, overrides, bundle=bundle, engine=engine, device=device, gateway=gateway)
     logs.configure()
     if settings.engine == "in-process":
-        asyncio.run(_up_in_process(settings))
+        event_loop.run(_up_in_process(settings))
     else:
         _up_on_ray(settings)
 
@@ -233,7 +257,11 @@ def check(
 
     settings = _settings(config, overrides, bundle=bundle)
     verified = bundles.read(settings.bundle)
-    graphs = [GraphRuntime(verified, graph, device=settings.device, threads=1) for graph in ("encoder", "decoder")]
+    gpu = settings.bucketed_accelerator()
+    graphs = [
+        GraphRuntime(verified, graph, device=settings.device, threads=1, accelerator=gpu)
+        for graph in ("encoder", "decoder")
+    ]
     manifest = verified.manifest
     facts = {
         "name": manifest.name,

@@ -33,9 +33,19 @@ def to_message(array: Array) -> vae_pb2.Tensor:
         b'\x01\x02'
     """
     little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    if little.dtype not in _TYPES:
-        raise UnsupportedType("tensor", expected="float32, float16 or uint8", actual=str(array.dtype))
-    return vae_pb2.Tensor(dtype=_TYPES[little.dtype], shape=little.shape, data=little.tobytes())
+    return vae_pb2.Tensor(dtype=type_of(little.dtype), shape=little.shape, data=little.tobytes())
+
+
+def type_of(dtype: np.dtype[Any]) -> vae_pb2.DataType.ValueType:
+    """Return the number of a little-endian type on the wire.
+
+    Raises:
+        UnsupportedType: If it has none.
+    """
+    number = _TYPES.get(dtype)
+    if number is None:
+        raise UnsupportedType("tensor", expected="float32, float16 or uint8", actual=str(dtype))
+    return number
 
 
 def from_message(

@@ -25,12 +25,13 @@ from serving.errors import (
     ResponseStalled,
 )
 from serving.gateway import statuses
+from serving.gateway.replies import Answer
 from serving.tickets import HIGHEST, Ticket
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Proceed = Callable[["Call"], Awaitable[bytes]]
-Unary = Callable[[Any, Ticket], Awaitable[Message]]
-ServerStream = Callable[[Any, Ticket], AsyncIterator[Message]]
+Unary = Callable[[Any, Ticket], Awaitable[Answer]]
+ServerStream = Callable[[Any, Ticket], AsyncIterator[Answer]]
 Bidirectional = Callable[[AsyncIterator[Any], "Call"], AsyncIterator[Message]]
 
 REQUEST_ID_KEY: Final = "x-request-id"
@@ -316,7 +317,7 @@ def _parse(body: Any, method: Method) -> Message:  # noqa: ANN401 - bytes, or th
 
 
 async def _write_all(
-    call: Call, responses: AsyncIterator[Message], patience: Patience, *, is_resumable: bool
+    call: Call, responses: AsyncIterator[Answer], patience: Patience, *, is_resumable: bool
 ) -> None:
     """Send responses as they are made; the next is asked for when the caller has taken this one.
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncGenerator
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 from protos.vae.v1 import vae_pb2 as pb
 from serving import noise
@@ -11,13 +11,12 @@ from serving.engine.protocol import Providers
 from serving.errors import EngineUnavailable, MissingField, OutOfRange
 from serving.gateway.calls import Method
 from serving.gateway.operations import Bound, ObservationDraw, Operations, Path, choose_seed
+from serving.gateway.replies import Reply
 from serving.likelihoods import Float32
-from serving.tensors import check_type, from_message, to_message, to_output
+from serving.tensors import check_type, from_message, to_output
 from serving.tickets import GENERATION, Ticket
 
 NAME: Final = pb.DESCRIPTOR.services_by_name["VaeService"].full_name
-
-ReconstructionT = TypeVar("ReconstructionT", pb.DecodeResponse, pb.ReconstructResponse)
 
 _PATHS: Final[dict[int, Path]] = {
     pb.INTERPOLATION_UNSPECIFIED: "linear",
@@ -56,7 +55,7 @@ class VaeService:
         self._version = operations.manifest.version
         self.providers: Providers | None = None
 
-    async def Encode(self, request: pb.EncodeRequest, ticket: Ticket) -> pb.EncodeResponse:
+    async def Encode(self, request: pb.EncodeRequest, ticket: Ticket) -> Reply:
         """Return posteriors, and draws from them on request."""
         self._operations.check_version(request.model_version)
         check_type(request.output_type, field="output_type", accept=_FLOATS)
@@ -64,21 +63,17 @@ class VaeService:
         self._operations.check_num_latents(len(data), request.num_latents)
         self._operations.check_first_row(request.first_row)
         posterior = await self._operations.encode(data, ticket=ticket)
-        response = pb.EncodeResponse(
-            mean=_message(posterior.mean, request.output_type),
-            log_var=_message(posterior.log_var, request.output_type),
-            model_version=self._version,
-        )
+        response, latents = pb.EncodeResponse(model_version=self._version), None
         if request.num_latents:
-            seed = _seed(request)
+            response.seed = _seed(request)
             latents = await self._operations.draw_latents(
-                posterior, request.num_latents, seed, first_row=request.first_row
+                posterior, request.num_latents, response.seed, first_row=request.first_row
             )
-            response.latents.CopyFrom(_message(latents, request.output_type))
-            response.seed = seed
-        return response
+        drawn = None if latents is None else to_output(latents, request.output_type)
+        mean, log_var = (to_output(values, request.output_type) for values in posterior)
+        return Reply(response, mean=mean, log_var=log_var, latents=drawn)
 
-    async def Decode(self, request: pb.DecodeRequest, ticket: Ticket) -> pb.DecodeResponse:
+    async def Decode(self, request: pb.DecodeRequest, ticket: Ticket) -> Reply:
         """Return means of p(x | z), or draws from it."""
         self._operations.check_version(request.model_version)
         observes = _observes(request)
@@ -89,7 +84,7 @@ class VaeService:
         response = pb.DecodeResponse(model_version=self._version)
         return _reconstructed(response, values, request.output_type, draw)
 
-    async def Sample(self, request: pb.SampleRequest, ticket: Ticket) -> pb.SampleResponse:
+    async def Sample(self, request: pb.SampleRequest, ticket: Ticket) -> Reply:
         """Return draws from the prior, decoded."""
         self._operations.check_version(request.model_version)
         observes = _observes(request)
@@ -101,14 +96,13 @@ class VaeService:
             observe=observes,
             ticket=ticket,
         )
-        return pb.SampleResponse(
-            samples=_message(samples.observations, request.output_type),
-            latents=to_message(samples.draw.latents()) if request.include_latents else None,
-            seed=samples.draw.seed,
-            model_version=self._version,
+        return Reply(
+            pb.SampleResponse(seed=samples.draw.seed, model_version=self._version),
+            samples=to_output(samples.observations, request.output_type),
+            latents=samples.draw.latents() if request.include_latents else None,
         )
 
-    async def Reconstruct(self, request: pb.ReconstructRequest, ticket: Ticket) -> pb.ReconstructResponse:
+    async def Reconstruct(self, request: pb.ReconstructRequest, ticket: Ticket) -> Reply:
         """Return the decoded posterior means of data, or observations drawn there."""
         self._operations.check_version(request.model_version)
         observes = _observes(request)
@@ -119,7 +113,7 @@ class VaeService:
         response = pb.ReconstructResponse(model_version=self._version)
         return _reconstructed(response, values, request.output_type, draw)
 
-    async def Interpolate(self, request: pb.InterpolateRequest, ticket: Ticket) -> pb.InterpolateResponse:
+    async def Interpolate(self, request: pb.InterpolateRequest, ticket: Ticket) -> Reply:
         """Return decoded points between two ends."""
         self._operations.check_version(request.model_version)
         check_type(request.output_type, field="output_type", accept=_OUTPUTS)
@@ -137,13 +131,13 @@ class VaeService:
             path=path,
             ticket=ticket,
         )
-        return pb.InterpolateResponse(
-            observations=_message(means, request.output_type),
-            latents=to_message(latents) if request.include_latents else None,
-            model_version=self._version,
+        return Reply(
+            pb.InterpolateResponse(model_version=self._version),
+            observations=to_output(means, request.output_type),
+            latents=latents if request.include_latents else None,
         )
 
-    async def Score(self, request: pb.ScoreRequest, ticket: Ticket) -> pb.ScoreResponse:
+    async def Score(self, request: pb.ScoreRequest, ticket: Ticket) -> Reply:
         """Return lower bounds on log p(x)."""
         self._operations.check_version(request.model_version)
         if (bound := _BOUNDS.get(request.bound)) is None:
@@ -158,17 +152,10 @@ class VaeService:
             first_row=request.first_row,
             ticket=ticket,
         )
-        return pb.ScoreResponse(
-            score=to_message(scores.score),
-            log_likelihood=to_message(scores.log_likelihood),
-            kl=to_message(scores.kl),
-            seed=seed,
-            model_version=self._version,
-        )
+        response = pb.ScoreResponse(seed=seed, model_version=self._version)
+        return Reply(response, score=scores.score, log_likelihood=scores.log_likelihood, kl=scores.kl)
 
-    async def SampleStream(
-        self, request: pb.SampleStreamRequest, ticket: Ticket
-    ) -> AsyncGenerator[pb.SampleStreamResponse]:
+    async def SampleStream(self, request: pb.SampleStreamRequest, ticket: Ticket) -> AsyncGenerator[Reply]:
         """Return draws from the prior, decoded, chunk by chunk."""
         self._operations.check_version(request.model_version)
         chunks = self._operations.sample_stream(
@@ -182,12 +169,10 @@ class VaeService:
         )
         async with contextlib.aclosing(chunks):
             async for first_row, (observations, draw) in chunks:
-                yield pb.SampleStreamResponse(
-                    first_row=first_row,
-                    samples=_message(observations, request.output_type),
-                    latents=to_message(draw.latents()) if request.include_latents else None,
-                    seed=draw.seed,
-                    model_version=self._version,
+                yield Reply(
+                    pb.SampleStreamResponse(first_row=first_row, seed=draw.seed, model_version=self._version),
+                    samples=to_output(observations, request.output_type),
+                    latents=draw.latents() if request.include_latents else None,
                 )
 
     async def GetModel(self, _request: pb.GetModelRequest, _ticket: Ticket) -> pb.GetModelResponse:
@@ -264,13 +249,15 @@ def _draw(request: pb.DecodeRequest | pb.ReconstructRequest, num_rows: int) -> O
 
 
 def _reconstructed(
-    response: ReconstructionT, values: Float32, output_type: int, draw: ObservationDraw | None
-) -> ReconstructionT:
+    response: pb.DecodeResponse | pb.ReconstructResponse,
+    values: Float32,
+    output_type: int,
+    draw: ObservationDraw | None,
+) -> Reply:
     """Return the response with means of p(x | z), or with draws and their seed."""
     if draw is not None:
         response.seed = draw.seed
-    response.reconstruction.CopyFrom(_message(values, output_type))
-    return response
+    return Reply(response, reconstruction=to_output(values, output_type))
 
 
 def _observes(request: _Observing) -> bool:
@@ -280,7 +267,3 @@ def _observes(request: _Observing) -> bool:
         actual = f"unknown value {request.observation}"
         raise OutOfRange("observation", expected="MEAN or SAMPLE", actual=actual)
     return observes
-
-
-def _message(values: Float32, output_type: int) -> pb.Tensor:
-    return to_message(to_output(values, output_type))
