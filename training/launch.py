@@ -4,6 +4,7 @@ The command line calls it in its own process, torchrun starts that command line 
 it in processes of its own; the loop is the same.
 """
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -90,8 +91,10 @@ def prepare(
         if not processes.is_first:
             return
         _set_start(config, run, resume)
-        # The environment first: it is the sign of a run, should this process be killed right here.
-        write_atomically(run.environment, environment_json(seed=config.seed, device=device).encode())
+        # The environment first: it is the sign of a run, should this process be killed right here. That of a run
+        # which is only read again stays: it says where the run was made.
+        if not _is_finished(config, run):
+            write_atomically(run.environment, environment_json(seed=config.seed, device=device).encode())
         write_atomically(run.config, config.to_json().encode())
 
 
@@ -137,6 +140,14 @@ def _all(listeners: list[Callable[[Metrics], None]]) -> Callable[[Metrics], None
             listener(metrics)
 
     return tell
+
+
+def _is_finished(config: TrainingConfig, run: RunFolder) -> bool:
+    """Return whether all epochs of the run in the folder are done."""
+    if not (run.last.exists() and run.environment.exists() and run.metrics.exists()):
+        return False
+    lines = run.metrics.read_text().splitlines()
+    return bool(lines) and json.loads(lines[-1])["epoch"] >= config.optimizer.epochs
 
 
 def _set_start(config: TrainingConfig, run: RunFolder, resume: str) -> None:

@@ -62,8 +62,11 @@ def test_a_finished_run_is_found_again(finished: RunFolder, rows: Dataset) -> No
     """Going on with a finished run does no step; half-written files of a killed process go."""
     partial = finished.path / ".last.pt.123.partial"
     partial.write_bytes(b"half")
+    made_at = '{"device_name": "another machine"}'
+    finished.environment.write_text(made_at)
     launch.prepare(presets.smoke(), rows, finished, EXECUTION, resume="auto")
     assert not partial.exists()
+    assert finished.environment.read_text() == made_at  # it tells where the run was made
     seen: list[Metrics] = []
     result = launch.fit_share(presets.smoke(), rows, finished, EXECUTION, listener=seen.append)
     assert (result.is_finished, result.checkpoint.step, seen) == (True, 16, [])

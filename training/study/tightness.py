@@ -292,7 +292,7 @@ def _log_evidence(study: Study, vae: VAE, data: Tensor) -> Tensor:
 
 
 def _axis(study: Study) -> Tensor:
-    return torch.linspace(-6, 6, study.size(quick=201, full=721), dtype=torch.float64)
+    return torch.linspace(-6, 6, study.size(quick=201, full=1081), dtype=torch.float64)
 
 
 def _plane(study: Study, vae: VAE, pixels: Pixels) -> _Plane:
