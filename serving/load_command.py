@@ -183,13 +183,24 @@ def load(  # noqa: PLR0913 - a command has options
 def load_compare(
     before: Annotated[Path, typer.Argument(help="Report, JSON.")],
     after: Annotated[Path, typer.Argument(help="Report, JSON.")],
+    threshold: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=1.0, help="Least ratio of goodputs, after / before, and of times, before / after."
+        ),
+    ] = 0.9,
+    html: Annotated[Path | None, typer.Option(help="Page to write the comparison to, with plots.")] = None,
 ) -> None:
     """Compare two reports of load tests; exit code 1 if the second is worse."""
     _require_histograms()
     from serving.loadtest import compare  # noqa: PLC0415 - as above
 
     try:
-        is_good = compare.show(LoadReport.read(before), LoadReport.read(after), out)
+        _check_writable(html)
+        earlier, later = LoadReport.read(before), LoadReport.read(after)
+        is_good = compare.show(earlier, later, out, threshold=threshold)
+        if html is not None:
+            compare.write_html_comparison([earlier, later], html, threshold=threshold)
     except LoadTestError as error:
         _fail(error)
     if not is_good:

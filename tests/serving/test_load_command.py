@@ -191,9 +191,11 @@ def test_two_reports_are_compared(command: Command, target: str, tmp_path: Path)
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     for file in files:
         assert command("load", "--target", target, "--rate", 40, "--json", file, *QUICK).code == 0
-    result = command("load-compare", *files)
-    assert result.code in {0, 1}, result
+    page = tmp_path / "compare.html"
+    result = command("load-compare", *files, "--threshold", 0.01, "--html", page)
+    assert result.code == 0, result
     assert result.out
+    assert "<svg" in page.read_text()
     files[0].write_text(json.dumps({"version": 1}))
     bad = command("load-compare", *files)
     assert bad.code == 2

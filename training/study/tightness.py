@@ -31,8 +31,9 @@ _STEP_NOISE: Final = 0.01
 numbers, each of which costs half its square."""
 
 _GRID: Final = 1e-3
-"""Nats by which log p may change when half of the nodes are left out. The error of the rule falls as
-exp(-c / step^2) for densities like Gaussians, so that of all nodes is about the fourth power of this."""
+"""Nats by which log p may change when every other node of an axis is left out. The error of the rule falls faster
+than any power of the step: of the sharpest posterior of MNIST it is 5e-3 at a step of 1/30, 1e-3 at 1/45, 1e-5 at
+1/60 and below 1e-10 at 1/90; that of all nodes is below the square of this."""
 
 _QUADRATURE: Final = 1e-4
 """Nats for an identity of three integrals. The coarsest rule is that of Gauss and Hermite, with 40 nodes for each
@@ -76,7 +77,7 @@ def exact_gap_in_the_plane(study: Study) -> Section:
                         "largest change of log p when every other node of the grid is left out",
                         exact.grid_error,
                         _GRID,
-                        source="the grid is fine enough: the error of all nodes is the fourth power",
+                        source="the grid is fine enough: the error of all nodes is below the square of this",
                     ),
                     claims.at_least(
                         "smallest KL(q, posterior), encoder's q",
@@ -292,7 +293,7 @@ def _log_evidence(study: Study, vae: VAE, data: Tensor) -> Tensor:
 
 
 def _axis(study: Study) -> Tensor:
-    return torch.linspace(-6, 6, study.size(quick=201, full=1081), dtype=torch.float64)
+    return torch.linspace(-6, 6, study.size(quick=201, full=1441), dtype=torch.float64)
 
 
 def _plane(study: Study, vae: VAE, pixels: Pixels) -> _Plane:
