@@ -156,7 +156,8 @@ class Lane:
             self._waiting.pop(connection, None)
             connection.abort()  # what still comes on it belongs to nobody
             raise
-        self._idle.append(connection)
+        if connection.is_open:  # a replica that drains answers, and closes
+            self._idle.append(connection)
         return frame
 
     def _on_frame(self, connection: FrameProtocol, frame: Buffer) -> None:

@@ -117,6 +117,22 @@ async def test_a_replica_that_dies_under_a_run_is_told() -> None:
     assert not lane.has_open_connections
 
 
+async def test_a_replica_that_drains_answers_and_is_left() -> None:
+    """The run in flight gets its rows; the connection that closed behind it is not used again."""
+    replica = Replica()
+    replica.may_answer.clear()
+    async with listening(replica.run) as direct:
+        lane = lane_to(direct)
+        running = asyncio.create_task(lane.run(ROWS, ["mean"], 30))
+        await eventually(lambda: replica.num_begun)
+        closing = asyncio.create_task(direct.close(5))
+        await asyncio.sleep(0)
+        replica.may_answer.set()
+        assert np.array_equal((await running).outputs[0], ROWS * 2)
+        await closing
+        await eventually(lambda: not lane.has_open_connections)
+
+
 async def test_a_replica_that_is_not_there_never_ran() -> None:
     """A connection that cannot be made is told apart from one that broke."""
     with pytest.raises(LaneLost, match="no connection") as lost:
