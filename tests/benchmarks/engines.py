@@ -226,12 +226,6 @@ def run(seconds: float, rounds: int, console: Console) -> dict[str, Any]:
                 if workload.name == "Decode 64 c128":
                     bare.append(measure_bare(bundle, seconds))
         usage = {engine: memory(process) for engine, (_, process) in servers.items()}
-    machine = {
-        "processor": cpu_name(),
-        "processors": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("grpcio", "onnxruntime-gpu", "ray", "uvloop")},
-    }
     medians = {
         workload.name: {
             engine: Result(
@@ -243,7 +237,7 @@ def run(seconds: float, rounds: int, console: Console) -> dict[str, Any]:
     }
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine,
+        "machine": machine(),
         "seconds": seconds,
         "rounds": rounds,
         "medians": medians,
@@ -272,6 +266,16 @@ def ratios(
             [a.calls_per_s * workload.num_rows / rows for a, rows in zip(own, bare, strict=True)]
         )
     return found
+
+
+def machine() -> dict[str, Any]:
+    """Return what was measured on."""
+    return {
+        "processor": cpu_name(),
+        "processors": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("grpcio", "onnxruntime-gpu", "ray", "uvloop")},
+    }
 
 
 def cpu_name() -> str:
