@@ -30,8 +30,9 @@ def test_without_uvloop_asyncio_does(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_interrupt_reaches_the_coroutine() -> None:
     """Ctrl-C cancels what runs, so that it can drain, and then ends the process as an interrupt."""
     script = """
-import asyncio
+import asyncio, signal
 from serving import event_loop
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 async def main():
     print("ready", flush=True)
     try:
