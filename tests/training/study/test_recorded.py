@@ -1,4 +1,4 @@
-"""The full study that is checked in: complete, passed, with its pictures, and of the claims that the code makes."""
+"""The full study that is checked in: complete, passed, with its pictures, of the claims that the code makes."""
 
 import json
 import re
