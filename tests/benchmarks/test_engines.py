@@ -1,6 +1,9 @@
 """The benchmark of the engines: what it concludes from figures, and that its bare loop and its echo run."""
 
+import json
 from pathlib import Path
+
+import pytest
 
 from tests.benchmarks import engines
 from tests.benchmarks.engines import Result, Workload
@@ -63,3 +66,12 @@ def test_requests_differ() -> None:
     """No two requests of a workload are the same, so an answer to another one would be seen."""
     for workload in engines.WORKLOADS:
         assert len(set(engines.requests(workload))) == engines.NUM_REQUESTS
+
+
+@pytest.mark.skipif(not engines.RECORD.exists(), reason="no run of `make bench` is recorded yet")
+def test_the_readme_shows_what_is_recorded() -> None:
+    """The table and what was wanted are those of the record, line for line."""
+    report = json.loads(engines.RECORD.read_text())
+    readme = engines.RECORD.with_name("README.md").read_text()
+    assert engines.table(report) in readme
+    assert all(line in readme for line in engines.goals(report))
