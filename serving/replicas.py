@@ -79,11 +79,8 @@ class GraphReplica:
             self._meter.hear(*backlog)
         self._meter.hold(len(rows))
         try:
-            if self._graph.is_quick(len(rows)):
-                values = self._run(expires_at, rows, outputs)
-            else:
-                loop = asyncio.get_running_loop()
-                values = await loop.run_in_executor(self._pool, self._run, expires_at, rows, outputs)
+            loop = asyncio.get_running_loop()
+            values = await loop.run_in_executor(self._pool, self._run, expires_at, rows, outputs)
         finally:
             self._meter.hold(-len(rows))
         return self._graph.report.version, tuple(values)

@@ -19,13 +19,6 @@ Graph = Literal["encoder", "decoder"]
 
 _WARM_UP_ROWS: Final = (1, 64)
 
-_QUICK_S: Final = 0.4e-3
-"""Time of a run below which handing it to a thread costs more than the event loop loses by waiting for it: a
-thread's turn there and back takes some 0.14 ms of processor time."""
-
-_QUICK_ROWS: Final = (1, 2, 4, 8, 16)
-_TIMED_RUNS: Final = 5
-
 
 class LoadReport(NamedTuple):
     """What loading a graph took and chose."""
@@ -98,7 +91,6 @@ class GraphRuntime:
         else:
             for rows in _WARM_UP_ROWS:
                 self.run(np.repeat(golden[:1], rows, axis=0), self._outputs)
-        self._num_quick_rows = 0 if device == "cuda" else self._time_quick_rows()
         self.report = self._report(manifest.version, threads, time.monotonic() - started)
 
     def run(self, rows: Rows, outputs: Sequence[str]) -> list[Float32]:
@@ -117,10 +109,6 @@ class GraphRuntime:
         result: list[Float32] = self._session.run(outputs, feed, self._opener.run_options)
         return result
 
-    def is_quick(self, num_rows: int) -> bool:
-        """Return whether a run of so many rows is best made where it is asked for, without a thread."""
-        return num_rows <= self._num_quick_rows
-
     def run_until(self, expires_at: float, rows: Rows, outputs: Sequence[str]) -> list[Float32]:
         """Run the graph as `run` does, unless its turn came so late that nobody waits any more.
 
@@ -130,21 +118,6 @@ class GraphRuntime:
         if time.monotonic() > expires_at:
             raise DeadlineExceeded
         return self.run(rows, outputs)
-
-    def _time_quick_rows(self) -> int:
-        """Return the most rows of which a run is quick, timed here and now: the least of some runs each."""
-        most = 0
-        for num_rows in _QUICK_ROWS:
-            rows = np.repeat(self._golden[:1], num_rows, axis=0)
-            times = []
-            for _ in range(_TIMED_RUNS):
-                began = time.perf_counter()
-                self.run(rows, self._outputs)
-                times.append(time.perf_counter() - began)
-            if min(times) > _QUICK_S:
-                break
-            most = num_rows
-        return most
 
     def is_batch_independent(self) -> bool:
         """Return whether each golden row gives the same bits alone and in a batch.

@@ -58,8 +58,7 @@ class InProcessEngine:
 
     async def _run(self, graph: GraphRuntime, rows: Rows, timeout_s: float, *outputs: str) -> list[Rows]:
         expires_at = time.monotonic() + timeout_s
-        if graph.is_quick(len(rows)):
-            return graph.run_until(expires_at, rows, outputs)
-        # `InferenceSession.run` lets go of the interpreter lock, so the event loop goes on.
+        # `InferenceSession.run` lets go of the interpreter lock, so the event loop goes on and gathers rows. Small
+        # runs in the loop itself gave 1,055 calls per second, threads 2,031, at 128 in flight.
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, graph.run_until, expires_at, rows, outputs)

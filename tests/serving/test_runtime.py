@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -208,25 +208,6 @@ def test_names_that_the_graph_does_not_have_are_refused(small: Bundle, key: str)
     ]
     with pytest.raises(BundleError, match="export it again"):
         _load(_changed(small, encoder=encoder, golden=golden), "encoder")
-
-
-def test_small_runs_are_quick_and_large_ones_are_not(small: Bundle) -> None:
-    """One row of a small graph is run on the spot; what may take long never is."""
-    runtime = GraphRuntime(small, "encoder", device="cpu", threads=1)
-    assert runtime.is_quick(1)
-    assert not runtime.is_quick(17)
-
-
-def test_a_slow_graph_is_never_quick(small: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph of which one row takes a millisecond gets a thread for every run."""
-    plain = GraphRuntime.run
-
-    def slow(self: GraphRuntime, rows: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
-        time.sleep(1e-3)
-        return plain(self, rows, outputs)
-
-    monkeypatch.setattr(GraphRuntime, "run", slow)
-    assert not GraphRuntime(small, "decoder", device="cpu", threads=1).is_quick(1)
 
 
 def test_golden_rows_are_pixels() -> None:
