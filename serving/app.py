@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from serving import ray_environment
 
@@ -64,7 +64,7 @@ def _shutdown_s(config: ServingConfig) -> float:
     return gateway.drain_notice_s + gateway.drain_timeout_s + gateway.stop_grace_s + _SHUTDOWN_SLACK_S
 
 
-def _graph(graph: Literal["encoder", "decoder"], config: ServingConfig) -> serve.Application:
+def _graph(graph: bundle.Graph, config: ServingConfig) -> serve.Application:
     replicas = config.encoder if graph == "encoder" else config.decoder
     deployment = serve.deployment(
         name=graph.capitalize(),

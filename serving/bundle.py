@@ -39,6 +39,7 @@ GOLDEN_SEED: Final = 20_131_220
 GOLDEN_ROWS: Final = 4
 GOLDEN_VALUES: Final = 16
 
+Graph = Literal["encoder", "decoder"]
 DecoderOutput = Literal["mean", "logits", "log_var"]
 """What the decoder computes of p(x | z). The mean in [0, 1], (batch, *data_shape), always. The rest by likelihood:
 
@@ -91,7 +92,7 @@ class Dataset(Config):
 class KnownAnswer(Config):
     """What one output of a graph is for the golden rows."""
 
-    graph: Literal["encoder", "decoder"]
+    graph: Graph
     """Graph that the output belongs to."""
 
     output: str
@@ -220,7 +221,7 @@ def golden_latents(latent_dim: int) -> NDArray[np.float32]:
     return noise.normal(GOLDEN_SEED, GOLDEN_ROWS, latent_dim, stream=noise.Stream.GOLDEN)
 
 
-def known_answer(graph: Literal["encoder", "decoder"], output: str, values: NDArray[np.float32]) -> KnownAnswer:
+def known_answer(graph: Graph, output: str, values: NDArray[np.float32]) -> KnownAnswer:
     """Summarise one output for the golden rows."""
     flat = values.astype(np.float64).ravel()
     first = tuple(flat[:GOLDEN_VALUES].tolist())

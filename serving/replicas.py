@@ -3,7 +3,7 @@
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import ray
 from ray import serve
@@ -35,7 +35,7 @@ class GraphReplica:
         StartupError: If the bundle does not verify or its graph does not run here as it should.
     """
 
-    async def __init__(self, graph: Literal["encoder", "decoder"], config: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray Serve awaits a constructor
+    async def __init__(self, graph: bundle.Graph, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray Serve awaits a constructor
         logs.configure()
         settings = ServingConfig.parse(config)
         own = settings.encoder if graph == "encoder" else settings.decoder
@@ -144,10 +144,9 @@ class Gateway:
         """Return whether both graphs answer."""
         return self._server.health.is_ready
 
-    async def drain(self) -> str:
-        """Drain the server while the other deployments still run; return the id of this replica."""
+    async def drain(self) -> None:
+        """Drain the server while the other deployments still run."""
         await self._server.drain()
-        return serve.get_replica_context().replica_id.unique_id
 
     async def __del__(self) -> None:
         """Drain: Serve awaits this before it ends the replica, also after a failed constructor."""

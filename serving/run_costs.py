@@ -6,8 +6,8 @@ from typing import Final, Literal
 
 import numpy as np
 
-from serving.bundle import Bundle
-from serving.runtime import Graph, GraphRuntime
+from serving.bundle import Bundle, Graph
+from serving.runtime import GraphRuntime
 
 SIZES: Final = (1, 8, 64, 256, 512)
 """Rows of the runs that are timed, up to the default of `batching.max_batch_rows`."""

@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any, Final, Literal, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.bundle import Bundle, KnownAnswer, Manifest, golden_data, golden_latents, known_answer
+from serving.bundle import Bundle, Graph, KnownAnswer, Manifest, golden_data, golden_latents, known_answer
 from serving.config import AcceleratorConfig, ServingConfig
 from serving.device_runs import CudaPageLock, DeviceRuns, Float32, Memory, Shapes, run_options
 from serving.errors import BundleError, DeadlineExceeded, ProviderUnavailable
@@ -15,7 +15,6 @@ from serving.likelihoods import row_shapes
 from serving.sessions import CPU, TOLERANCES, Device, GraphInput, open_session, providers
 
 Rows = NDArray[Any]
-Graph = Literal["encoder", "decoder"]
 
 _WARM_UP_ROWS: Final = (1, 64)
 

@@ -5,9 +5,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from serving.bundle import Bundle, DecoderOutput
+from serving.bundle import Bundle, DecoderOutput, Graph
 from serving.config import ServingConfig, session_threads
-from serving.engine.protocol import Graph, Posterior, Providers, Rows
+from serving.engine.protocol import Posterior, Providers, Rows
 from serving.runtime import GraphRuntime
 
 

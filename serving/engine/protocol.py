@@ -1,14 +1,13 @@
 """The seam between what callers ask for and who runs the graphs."""
 
 from collections.abc import Sequence
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from numpy.typing import NDArray
 
-from serving.bundle import DecoderOutput
+from serving.bundle import DecoderOutput, Graph
 
 Rows = NDArray[Any]
-Graph = Literal["encoder", "decoder"]
 GRAPHS: Final[tuple[Graph, Graph]] = ("encoder", "decoder")
 
 

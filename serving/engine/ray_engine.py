@@ -17,12 +17,12 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from serving.bundle import DecoderOutput, Manifest
+from serving.bundle import DecoderOutput, Graph, Manifest
 from serving.config import ReplicasConfig, ServingConfig
 from serving.direct.client import LaneLost, Lanes
 from serving.direct.security import Security
 from serving.direct.server import Address
-from serving.engine.protocol import GRAPHS, Graph, Posterior, Providers, Rows
+from serving.engine.protocol import GRAPHS, Posterior, Providers, Rows
 from serving.errors import DeadlineExceeded, EngineUnavailable
 from serving.runtime import LoadReport
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from serving import likelihoods, noise
 from serving.batching import BatchReport, RowBatcher
-from serving.bundle import Manifest
+from serving.bundle import Graph, Manifest
 from serving.config import ServingConfig
-from serving.engine.protocol import GRAPHS, Engine, Graph, Posterior
+from serving.engine.protocol import GRAPHS, Engine, Posterior
 from serving.errors import (
     Busy,
     NotFinite,

@@ -30,10 +30,10 @@ from rich.console import Console
 from rich.table import Table
 
 from serving import bundle, ray_environment
-from serving.bundle import DecoderOutput, Manifest
+from serving.bundle import DecoderOutput, Graph, Manifest
 from serving.config import BatchingConfig, ServingConfig
 from serving.direct.server import DirectServer
-from serving.engine.protocol import Engine, Graph, Posterior, Providers, Rows
+from serving.engine.protocol import Engine, Posterior, Providers, Rows
 from serving.gateway.operations import Operations
 from serving.runtime import LoadReport
 from serving.tickets import Ticket

@@ -12,9 +12,9 @@ import onnxruntime as ort
 from google.protobuf.message import Message
 
 from protos.vae.v1 import vae_pb2 as pb
-from serving.bundle import Bundle, DecoderOutput, Manifest
+from serving.bundle import Bundle, DecoderOutput, Graph, Manifest
 from serving.config import ServingConfig
-from serving.engine.protocol import Graph, Posterior, Providers, Rows
+from serving.engine.protocol import Posterior, Providers, Rows
 from serving.errors import EngineUnavailable
 from serving.gateway.server import GatewayServer
 

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 import serving.runtime
 from serving import bundle
-from serving.bundle import Bundle, Manifest
+from serving.bundle import Bundle, Graph, Manifest
 from serving.config import AcceleratorConfig
 from serving.device_runs import DeviceRuns
 from serving.errors import BundleError, DeadlineExceeded, ProviderUnavailable
-from serving.runtime import Graph, GraphRuntime
+from serving.runtime import GraphRuntime
 from serving.sessions import CPU, TOLERANCES
 
 GRAPHS: tuple[Graph, ...] = ("encoder", "decoder")

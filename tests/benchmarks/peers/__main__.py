@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 
 from rich.console import Console
 
-from tests.benchmarks.engines import DATA_SHAPE, HIDDEN, LATENT_DIM
+from tests.benchmarks.engines import DATA_SHAPE, HIDDEN, LATENT_DIM, cpu_name
 from tests.benchmarks.peers import load
 from tests.benchmarks.peers.calls import TOLERANCE, WORKLOADS, Calls, Series
 from tests.benchmarks.peers.contestants import Contestant, contestants, running
@@ -121,15 +121,9 @@ class Run:
 
 
 def _machine() -> dict[str, object]:
-    model = platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        names = [
-            line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
-        model = names[0] if names else model
     return {
         "processors": os.cpu_count(),
-        "model": model,
+        "model": cpu_name(),
         "python": platform.python_version(),
         "load_average": os.getloadavg()[0],
     }
