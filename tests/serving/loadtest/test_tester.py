@@ -106,13 +106,18 @@ def test_what_is_wrong_while_warming_up_is_not_hidden() -> None:
 
 @pytest.mark.slow
 def test_the_knee_of_a_known_capacity() -> None:
-    """Eight places of 20 ms answer 400 per second: the knee is near it, never above."""
-    plan = replace(PLAN, mode="knee", rates=(200.0,), law="poisson", p99_limit_ms=150.0)
+    """Eight places of 20 ms answer 400 per second: the knee is near it, above it only by what a short stage hides.
+
+    At a rate R above the capacity C, whoever comes last of T seconds waits (R - C) T / C; the limit of 150 ms is kept
+    up to R = C (1 + 0.15 / T), and the stage of one second follows 0.2 s of warm-up.
+    """
+    plan = replace(PLAN, mode="knee", rates=(200.0,), law="constant", p99_limit_ms=150.0)
     report = report_of(plan, Capacity(8, 0.020).answer)
     assert report.knee is not None
     assert report.knee.good_per_s is not None
     assert report.knee.bad_per_s is not None
-    assert 100 <= report.knee.good_per_s <= 420  # timers of a busy machine make the places slower, never quicker
+    # timers of a busy machine make the places slower, never quicker
+    assert 100 <= report.knee.good_per_s <= 400 * (1 + 0.15 / 1.2)
     assert report.knee.bad_per_s <= report.knee.good_per_s * 1.08
     assert {200.0, report.knee.good_per_s} <= {stage.offered_per_s for stage in report.stages}
     assert len(report.stages) < 30
