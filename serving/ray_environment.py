@@ -10,14 +10,20 @@ from typing import Final
 MAX_HANDLE_MESSAGE_BYTES: Final = 512 * 2**20
 """Largest batch or answer of a by-value handle call; Serve's own default of 4 MiB is 1,337 MNIST rows."""
 
+WORKER_NICENESS: Final = 0
+"""Ray would give its workers the least of the processor (15), yet they are what serves here. At 0, on two cores
+shared with a client, 128 calls in flight, the service answers 0.81 of the one-row calls that the in-process engine
+does, at 15 it was 0.63; with 64 rows 0.95 and 0.85 (medians of eight alternating rounds)."""
+
 
 def prepare() -> None:
-    """Set what is not set: token authentication, and room for large batches.
+    """Set what is not set: token authentication, room for large batches, processor time for replicas.
 
     Whoever reaches a Ray cluster runs code in it, so a token is required even on one machine. A cluster named by
     RAY_ADDRESS brings its own mode and token.
     """
     os.environ.setdefault("RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH", str(MAX_HANDLE_MESSAGE_BYTES))
+    os.environ.setdefault("RAY_worker_niceness", str(WORKER_NICENESS))
     if "RAY_ADDRESS" in os.environ:
         return
     os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -4,14 +4,16 @@ import os
 
 import pytest
 
-from serving.ray_environment import MAX_HANDLE_MESSAGE_BYTES, prepare
+from serving.ray_environment import MAX_HANDLE_MESSAGE_BYTES, WORKER_NICENESS, prepare
 
+NICENESS = "RAY_worker_niceness"  # Ray spells it so
 NAMES = (
     "RAY_ADDRESS",
     "RAY_AUTH_MODE",
     "RAY_AUTH_TOKEN",
     "RAY_AUTH_TOKEN_PATH",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH",
+    NICENESS,
 )
 
 
@@ -54,3 +56,12 @@ def test_large_batches_fit_into_a_handle_call() -> None:
     """Serve's own limit of 4 MiB would refuse a full batch of large rows."""
     prepare()
     assert int(os.environ["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"]) == MAX_HANDLE_MESSAGE_BYTES
+
+
+def test_replicas_get_the_processor_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray starts its workers with a niceness of 15; what the operator sets stays."""
+    prepare()
+    assert os.environ[NICENESS] == str(WORKER_NICENESS)
+    monkeypatch.setenv(NICENESS, "5")
+    prepare()
+    assert os.environ[NICENESS] == "5"
