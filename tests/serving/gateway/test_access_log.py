@@ -49,7 +49,7 @@ async def test_a_line_says_all_that_is_known() -> None:
     """Who, what, how it ended, sizes, times in whole microseconds, the seed that makes it again."""
     (line,) = await written(call())
     assert json.loads(line) == {
-        "time": "1970-01-01T00:00:00.250+00:00",
+        "time": "1970-01-01T00:00:00.250Z",
         "level": "info",
         "logger": "serving.access",
         "event": "call",
