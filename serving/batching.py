@@ -13,7 +13,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from serving.config import BatchingConfig
 from serving.errors import DeadlineExceeded, DeadlineTooShort, EngineUnavailable, QueueFull
@@ -22,6 +22,7 @@ from serving.service_times import ServiceTimes
 from serving.tickets import HIGHEST, LOWEST, Ticket
 
 Run = Callable[[Rows, float], Awaitable[Outputs]]
+DropReason = Literal["expired", "abandoned", "failed"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,13 @@ class BatchReport(NamedTuple):
     run_s: float
 
 
+class DropReport(NamedTuple):
+    """Rows of one request that no run answered, for metrics."""
+
+    num_rows: int
+    reason: DropReason
+
+
 class _Flight:
     """A run in flight."""
 
@@ -69,7 +77,7 @@ class RowBatcher:
         num_replicas: Replicas that run now; 0 while none does because nothing was to do.
         assemble: Makes the rows of a run from slices of sources.
         clock: Monotonic seconds.
-        on_batch: Told about every run that succeeded.
+        tell: Told about every run that succeeded, and about rows that were let in and got no answer.
     """
 
     def __init__(
@@ -82,9 +90,10 @@ class RowBatcher:
         num_replicas: Callable[[], int] = lambda: 1,
         assemble: Callable[[Sequence[Slice]], Rows] = concatenate,
         clock: Callable[[], float] = time.monotonic,
-        on_batch: Callable[[BatchReport], None] = lambda _: None,
+        tell: Callable[[BatchReport | DropReport], None] = lambda _: None,
     ) -> None:
-        self._run, self._config, self._name, self._clock, self._on_batch = run, config, name, clock, on_batch
+        self._run, self._config, self._name, self._clock = run, config, name, clock
+        self._tell = tell
         self._slots_each, self._num_replicas, self._assemble = num_slots, num_replicas, assemble
         self._queue = RowQueue(age_after_s=config.age_after_s)
         self._times = ServiceTimes()
@@ -109,6 +118,17 @@ class RowBatcher:
     def num_waiting(self) -> int:
         """Rows that are in no run yet."""
         return self._queue.num_rows
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the rows that wait or run."""
+        return self._num_bytes_held
+
+    @property
+    def longest_wait_s(self) -> float:
+        """Age of the request with waiting rows that came first, seconds; 0 if none waits."""
+        arrivals = [request.arrived_at for request in self._queue]
+        return max(0.0, self._clock() - min(arrivals)) if arrivals else 0.0
 
     @property
     def num_in_flight(self) -> int:
@@ -142,6 +162,9 @@ class RowBatcher:
         self._schedule_dispatch()
         try:
             return await request.future
+        except BaseException as error:
+            self._tell(DropReport(num_rows, _reason_of(error)))
+            raise
         finally:
             self._hold(ticket.client, priority, -num_rows, -num_bytes)
             self._queue.discard(request)  # if the caller left, nothing of it stays
@@ -303,6 +326,7 @@ class RowBatcher:
             end = offset + stop - start
             ticket = request.ticket
             ticket.run_share += (stop - start) / len(rows)
+            ticket.batch_rows = max(ticket.batch_rows, len(rows))
             if request.deliver(start, tuple(output[offset:end] for output in outputs)):
                 ticket.num_rows += request.num_rows
                 ticket.queue_s += request.first_run_at - request.arrived_at
@@ -335,4 +359,10 @@ class RowBatcher:
         rate = num_rows / run_s * num_in_flight
         self._rows_per_s += (rate - self._rows_per_s) * (_RATE_SMOOTHING if self._rows_per_s else 1.0)
         waited = started - min(part.request.arrived_at for part in batch)
-        self._on_batch(BatchReport(num_rows, len(batch), waited, run_s))
+        self._tell(BatchReport(num_rows, len(batch), waited, run_s))
+
+
+def _reason_of(error: BaseException) -> DropReason:
+    if isinstance(error, asyncio.CancelledError):
+        return "abandoned"
+    return "expired" if isinstance(error, DeadlineExceeded) else "failed"

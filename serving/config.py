@@ -13,6 +13,11 @@ MIB = 2**20
 MAX_MESSAGE_BYTES = 2**31 - 1 - 64 * 1024
 """What gRPC's limit, a 32-bit integer, can hold beside the overhead of a message."""
 
+NUM_METRICS_PORTS = 32
+"""Ports that are tried for the metrics of a replica, from the first on."""
+
+AccessLogMode = Literal["all", "errors", "none"]
+
 MAX_BATCH_ROWS = 65_536
 """Most rows in one run of a graph that can be configured."""
 
@@ -319,7 +324,12 @@ class GatewayConfig(Config):
     fails."""
 
     metrics_port: int | None = Field(default=None, ge=0, le=65_535)
-    """Port of the Prometheus endpoint; none by default. A failed bind is logged, never fatal."""
+    """Port of `/metrics`, `/targets` (where Prometheus finds all processes), `/livez` and `/readyz`; none by
+    default, and then the replicas have none either. A port that is taken is replaced by a free one; a failed bind
+    is logged, never fatal."""
+
+    access_log: AccessLogMode = "all"
+    """Which calls have a line in the log: all, those with another code than OK (`errors`), or none."""
 
     num_cpus: float = Field(default=1.0, gt=0)
     """Processors reserved for the gateway's replica."""
@@ -380,6 +390,10 @@ class ReplicasConfig(Config):
     """Whether gateways send runs over connections of their own, to a port that each replica opens on its node's
     address for those with its token; off: through Serve's handle only. Where the port cannot be reached the handle
     is used anyway."""
+
+    metrics_port: int = Field(default=0, ge=0, le=65_535)
+    """First port that is tried for a replica's `/metrics`, where the gateway has any; with 0, any free one. Those
+    after it are tried too, since several replicas may share a node."""
 
     attempt_timeout_s: float = Field(default=10.0, gt=0)
     """Time for one run on a replica, after which it is tried again elsewhere, seconds."""

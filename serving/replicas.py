@@ -9,19 +9,34 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serving import bundle, logs
-from serving.config import ServingConfig, session_threads
+from serving import bundle, logs, metrics
+from serving.config import NUM_METRICS_PORTS, ServingConfig, session_threads
 from serving.direct.security import Security
 from serving.direct.server import DirectServer
 from serving.engine.protocol import Rows
 from serving.engine.ray_engine import RayEngine, ReplicaReport
 from serving.errors import EngineUnavailable
+from serving.exporter import Exporter, Target
+from serving.gateway.credentials import is_loopback
 from serving.gateway.server import GatewayServer
 from serving.meters import CallMeter, RowMeter
 from serving.runtime import GraphRuntime
 
+_DISCOVERY_TIMEOUT_S: Final = 2.0
+"""Time for the other gateways to say where their metrics are, seconds."""
+
 _DRAIN_S: Final = 10.0
 """Time for runs over connections to end when the replica is stopped, seconds: half of what Serve gives it."""
+
+
+def _replica_id() -> str:
+    return str(serve.get_replica_context().replica_id.unique_id)
+
+
+def _ray_targets() -> list[Target]:
+    """Return Ray's exporter on each node that lives; it has Serve's metrics too."""
+    nodes = [node for node in ray.nodes() if node["Alive"] and node.get("MetricsExportPort")]  # type: ignore[no-untyped-call]
+    return [Target(f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}", {"role": "ray"}) for node in nodes]
 
 
 class GraphReplica:
@@ -49,16 +64,20 @@ class GraphReplica:
         # Two threads: the copies of one run overlap the compute of the other.
         num_threads = max(2, self._graph.report.num_lanes)
         self._pool = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="onnxruntime")
-        self._meter = RowMeter()
+        self._meter, self._metrics = RowMeter(), metrics.replica(graph)
+        metrics.describe_replica(graph, self._graph.report)
+        metrics.describe_build()
+        replica, host = _replica_id(), ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._direct: DirectServer | None = None
         if own.direct_runs:
-            self._direct = DirectServer(
-                self.run,
-                replica=serve.get_replica_context().replica_id.unique_id,
-                host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
-                security=Security.from_environment(),
-            )
+            self._direct = DirectServer(self.run, replica=replica, host=host, security=Security.from_environment())
             await self._direct.start()
+        self._exporter = Exporter(graph, replica=replica)
+        gateway = settings.gateway
+        if gateway.metrics_port is not None:
+            # Where the gateway listens for this machine alone, so do the replicas beside it.
+            metrics_host = gateway.host if is_loopback(gateway.host) else host
+            self._exporter.start(metrics_host, own.metrics_port, num_ports=NUM_METRICS_PORTS)
 
     async def run(
         self, rows: Rows, outputs: tuple[str, ...], timeout_s: float, backlog: tuple[str, float] | None = None
@@ -87,7 +106,8 @@ class GraphReplica:
 
     async def describe(self) -> ReplicaReport:
         """Return what is loaded, where it runs, and where runs may be sent."""
-        return ReplicaReport(self._graph.report, self._direct.address if self._direct else None)
+        address = self._direct.address if self._direct else None
+        return ReplicaReport(self._graph.report, address, self._exporter.target)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the load since the last time; Serve asks where the deployment scales."""
@@ -98,14 +118,20 @@ class GraphReplica:
         direct: DirectServer | None = getattr(self, "_direct", None)
         if direct is not None:
             await direct.close(_DRAIN_S)
+        exporter: Exporter | None = getattr(self, "_exporter", None)
+        if exporter is not None:
+            exporter.close()
 
     def _run(self, expires_at: float, rows: Rows, outputs: tuple[str, ...]) -> list[Rows]:
-        begun, is_done = self._meter.begin(len(rows)), False
+        begun, is_done, began_at = self._meter.begin(len(rows)), False, time.monotonic()
         try:
             values = self._graph.run_until(expires_at, rows, outputs)
             is_done = True
         finally:
             self._meter.end(begun, len(rows), is_done=is_done)
+            if not is_done:
+                self._metrics.failed()
+        self._metrics.ran(len(rows), time.monotonic() - began_at)
         return values
 
 
@@ -129,7 +155,8 @@ class Gateway:
         operations = self._server.operations
         engine.count_waiting = operations.num_waiting
         self._meter = CallMeter(lambda: self._server.num_calls, lambda: operations.num_rows)
-        await self._server.start()
+        self._engine = engine
+        await self._server.start(self._discover)
 
     async def check_health(self) -> None:
         """Fail when the task that watches the engine is dead. An ill engine must not restart gateways."""
@@ -139,6 +166,19 @@ class Gateway:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the load since the last time; Serve asks where the deployment scales."""
         return self._meter.report()
+
+    async def target(self) -> Target | None:
+        """Return where the metrics of this gateway are."""
+        return self._server.exporter.target if self._server.exporter else None
+
+    async def _discover(self) -> list[Target]:
+        """Return where the metrics of all other processes are: replicas, other gateways, Ray's own exporters."""
+        own = serve.get_replica_context()
+        gateways = serve.get_deployment_handle(own.deployment, own.app_name)
+        asked = gateways.broadcast("target")
+        found = await asked.results_async(timeout_s=_DISCOVERY_TIMEOUT_S, return_exceptions=True)
+        others = [target for target in found if isinstance(target, Target)]
+        return [*others, *self._engine.targets(), *await asyncio.to_thread(_ray_targets)]
 
     async def is_ready(self) -> bool:
         """Return whether both graphs answer."""

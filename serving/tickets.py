@@ -21,7 +21,9 @@ class Ticket:
         priority: From 1, the highest, to 3.
     """
 
-    __slots__ = ("client", "expires_at", "num_rows", "priority", "queue_s", "run_s", "run_share")
+    __slots__ = (
+        "batch_rows", "client", "expires_at", "num_rows", "priority", "queue_s", "run_s", "run_share", "seed"
+    )  # fmt: skip
 
     def __init__(self, expires_at: float, *, client: str = "", priority: int = HIGHEST) -> None:
         self.expires_at, self.client, self.priority = expires_at, client, priority
@@ -33,6 +35,10 @@ class Ticket:
         """Time from the begin of their first run to the end of their last, seconds, summed over graphs."""
         self.run_share = 0.0
         """Runs that it took, where a run with rows of others counts by its share of the rows."""
+        self.batch_rows = 0
+        """Rows of the largest run that it took part in, those of others included."""
+        self.seed: int | None = None
+        """Seed of what was drawn for it, the caller's or one that was chosen."""
 
     def demote(self, priority: int) -> None:
         """Lower the priority: a caller may step back, never ahead. Zero means as it is."""
@@ -48,3 +54,5 @@ class Ticket:
         self.queue_s += part.queue_s
         self.run_s += part.run_s
         self.run_share += part.run_share
+        self.batch_rows = max(self.batch_rows, part.batch_rows)
+        self.seed = part.seed if self.seed is None else self.seed

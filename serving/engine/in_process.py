@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from serving import metrics
 from serving.bundle import Bundle, DecoderOutput, Graph
 from serving.config import ServingConfig, session_threads
 from serving.engine.protocol import Posterior, Providers, Rows
@@ -28,6 +29,9 @@ class InProcessEngine:
         self._encoder = GraphRuntime(bundle, "encoder", device=config.device, threads=threads[0], accelerator=gpu)
         self._decoder = GraphRuntime(bundle, "decoder", device=config.device, threads=threads[1], accelerator=gpu)
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="onnxruntime")
+        metrics.describe_replica("encoder", self._encoder.report)
+        metrics.describe_replica("decoder", self._decoder.report)
+        self._names = {self._encoder: "encoder", self._decoder: "decoder"}
 
     @property
     def num_slots(self) -> int:
@@ -61,4 +65,15 @@ class InProcessEngine:
         # `InferenceSession.run` lets go of the interpreter lock, so the event loop goes on and gathers rows. Small
         # runs in the loop itself gave 1,055 calls per second, threads 2,031, at 128 in flight.
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, graph.run_until, expires_at, rows, outputs)
+        return await loop.run_in_executor(self._pool, self._run_here, graph, expires_at, rows, outputs)
+
+    def _run_here(self, graph: GraphRuntime, expires_at: float, rows: Rows, outputs: Sequence[str]) -> list[Rows]:
+        meters = metrics.replica(self._names[graph])
+        began = time.monotonic()
+        try:
+            values = graph.run_until(expires_at, rows, outputs)
+        except Exception:
+            meters.failed()
+            raise
+        meters.ran(len(rows), time.monotonic() - began)
+        return list(values)

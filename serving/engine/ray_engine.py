@@ -24,6 +24,7 @@ from serving.direct.security import Security
 from serving.direct.server import Address
 from serving.engine.protocol import GRAPHS, Posterior, Providers, Rows
 from serving.errors import DeadlineExceeded, EngineUnavailable
+from serving.exporter import Target
 from serving.runtime import LoadReport
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,14 @@ class ReplicaReport(NamedTuple):
     address: Address | None
     """Where it takes runs over connections; None if it does not, or no longer."""
 
+    target: Target | None = None
+    """Where its metrics are; None if it has none."""
+
 
 class _Deployment:
     """What is known of a graph's replicas."""
 
-    __slots__ = ("config", "handle", "has_failed", "lanes", "num_replicas", "report")
+    __slots__ = ("config", "handle", "has_failed", "lanes", "num_replicas", "report", "targets")
 
     def __init__(self, handle: DeploymentHandle[Any], config: ReplicasConfig) -> None:
         self.handle, self.config = _by_value(handle), config
@@ -58,6 +62,8 @@ class _Deployment:
         self.num_replicas = 1
         self.report: LoadReport | None = None
         """What one of them last said."""
+        self.targets: list[Target] = []
+        """Where the metrics are of those that answered last."""
         self.has_failed = False
         """Whether a run has failed for want of a replica, and nothing was answered since."""
 
@@ -113,6 +119,10 @@ class RayEngine:
         deployment = self._deployments[graph]
         return max(deployment.num_replicas, 0 if deployment.may_sleep else 1)
 
+    def targets(self) -> list[Target]:
+        """Return where the metrics of the replicas are that answered the last check."""
+        return [target for deployment in self._deployments.values() for target in deployment.targets]
+
     async def encode(self, data: Rows, timeout_s: float) -> Posterior:
         """Return posteriors of data."""
         return Posterior(*await self._run("encoder", data, timeout_s, ("mean", "log_var")))
@@ -152,6 +162,7 @@ class RayEngine:
             return await self._describe(graph)
         reports: list[ReplicaReport] = [report for report in found if not isinstance(report, BaseException)]
         deployment.was_seen(len(reports))
+        deployment.targets = [report.target for report in reports if report.target]
         for report in reports:
             deployment.report = self._checked(graph, report.load)
             if report.address:

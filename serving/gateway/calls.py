@@ -35,6 +35,9 @@ ServerStream = Callable[[Any, Ticket], AsyncIterator[Answer]]
 Bidirectional = Callable[[AsyncIterator[Any], "Call"], AsyncIterator[Message]]
 
 REQUEST_ID_KEY: Final = "x-request-id"
+TIMINGS_KEY: Final = "vae-timings"
+"""Metadata key by which a caller asks for the timings of a call, with any value."""
+
 PRIORITY_KEY: Final = "vae-priority"
 MAX_SMALL_BYTES: Final = 64 * 1024
 """Largest request without tensors: parsing multiplies the size of hostile messages."""
@@ -77,8 +80,8 @@ class Call:
     """
 
     __slots__ = (
-        "_request_id", "arrived_at", "client", "code", "context", "expires_at", "metadata",
-        "metadata_bytes", "path", "priority", "unread_bytes",
+        "_request_id", "arrived_at", "client", "code", "context", "expires_at", "metadata", "metadata_bytes",
+        "path", "priority", "reason", "received_at", "request_bytes", "response_bytes", "taken", "unread_bytes",
     )  # fmt: skip
 
     def __init__(self, path: str, context: Context, priority: int = HIGHEST) -> None:
@@ -97,6 +100,14 @@ class Call:
         self.unread_bytes = 0
         """Size of an answer, or of the message of a stream that its caller does not take."""
         self._request_id = ""
+        self.reason = ""
+        """Reason of the error that the call ended with, from the catalogue."""
+        self.received_at = 0.0
+        """When the body was there; of a stream of requests the first. Zero until then."""
+        self.request_bytes = self.response_bytes = 0
+        """Size of the messages that were read, and of those that were written."""
+        self.taken: Ticket | None = None
+        """What came of its rows; of a stream of requests the sum."""
 
     @property
     def method(self) -> str:
@@ -114,7 +125,36 @@ class Call:
 
     def make_ticket(self) -> Ticket:
         """Return a ticket for a request of this call."""
-        return Ticket(self.expires_at, client=self.client, priority=self.priority)
+        ticket = Ticket(self.expires_at, client=self.client, priority=self.priority)
+        if self.taken is None:
+            self.taken = ticket
+        return ticket
+
+    def add(self, ticket: Ticket) -> None:
+        """Count what one of several requests of this call took."""
+        if ticket is not self.taken and self.taken is not None:
+            self.taken.add(ticket)
+
+    def receive(self, body: Any) -> None:  # noqa: ANN401 - bytes, or the end of the stream
+        """Take note of a message that has arrived."""
+        if not self.received_at:
+            self.received_at = time.monotonic()
+        if body is not grpc.aio.EOF:
+            self.request_bytes += len(body)
+
+    def tell(self, version: str) -> None:
+        """Put into the trailing metadata of an answer what its caller wants to know."""
+        pairs = [(REQUEST_ID_KEY, self.request_id)]
+        if TIMINGS_KEY in self.metadata and self.taken is not None:
+            taken = self.taken
+            pairs += [
+                ("vae-queue-us", str(round(taken.queue_s * 1e6))),
+                ("vae-engine-us", str(round(taken.run_s * 1e6))),
+                ("vae-total-us", str(round((time.monotonic() - self.arrived_at) * 1e6))),
+                ("vae-batch-rows", str(taken.batch_rows)),
+                ("vae-model-version", version),
+            ]
+        self.context.set_trailing_metadata(tuple(pairs))
 
     def check_metadata(self, max_bytes: int) -> None:
         """Refuse a flood of metadata. gRPC's own limit binds only callers who have acknowledged it.
@@ -130,10 +170,11 @@ class Call:
 
         A caller who does not read is not waited for: gRPC delivers the status if they ever do.
         """
-        self.code = status.code
+        self.code, self.reason = status.code, status.reason
+        trailers = (*status.trailers, (REQUEST_ID_KEY, self.request_id))
         try:
             async with asyncio.timeout(_UNREAD_ABORT_S if self.unread_bytes else None):
-                await self.context.abort(status.code, status.message, status.trailers)
+                await self.context.abort(status.code, status.message, trailers)
         except TimeoutError:
             raise asyncio.CancelledError from None
         raise AssertionError("abort does not return")  # pragma: no cover - for the type checker
@@ -235,7 +276,7 @@ class Patience(NamedTuple):
 
 
 def handler(
-    path: str, method: Method, surrounds: Iterable[Surround], patience: Patience
+    path: str, method: Method, surrounds: Iterable[Surround], patience: Patience, *, version: str = ""
 ) -> "grpc.RpcMethodHandler[bytes, bytes]":
     """Return the gRPC handler of one method.
 
@@ -247,8 +288,9 @@ def handler(
         method: The request and the behaviour.
         surrounds: What surrounds it, outermost first.
         patience: How long a caller may take.
+        version: Of the model, for callers who ask.
     """
-    proceed: Proceed = _innermost(method, patience)
+    proceed: Proceed = _innermost(method, patience, version)
     for surround in reversed(list(surrounds)):
         proceed = functools.partial(_around, surround, proceed)
 
@@ -267,17 +309,23 @@ def _around(surround: Surround, inner: Proceed, call: Call) -> Awaitable[bytes]:
     return surround.around(call, inner)
 
 
-def _innermost(method: Method, patience: Patience) -> Proceed:
+def _innermost(method: Method, patience: Patience, version: str) -> Proceed:
     async def unary(call: Call) -> bytes:
         assert method.unary is not None  # noqa: S101 - for the type checker
-        request = _parse(await patience.reading.read(call.context), method)
-        return (await method.unary(request, call.make_ticket())).SerializeToString()
+        body = await patience.reading.read(call.context)
+        call.receive(body)
+        answer = (await method.unary(_parse(body, method), call.make_ticket())).SerializeToString()
+        call.response_bytes = len(answer)
+        call.tell(version)
+        return answer
 
     async def server_stream(call: Call) -> bytes:
         assert method.server_stream is not None  # noqa: S101 - as above
-        request = _parse(await patience.reading.read(call.context), method)
-        responses = method.server_stream(request, call.make_ticket())
+        body = await patience.reading.read(call.context)
+        call.receive(body)
+        responses = method.server_stream(_parse(body, method), call.make_ticket())
         await _write_all(call, responses, patience, is_resumable=True)
+        call.tell(version)
         return b""
 
     async def bidirectional(call: Call) -> bytes:
@@ -286,6 +334,7 @@ def _innermost(method: Method, patience: Patience) -> Proceed:
         await _write_all(call, method.bidirectional(requests, call), patience, is_resumable=False)
         if patience.reading.is_draining:
             raise Draining
+        call.tell(version)
         return b""
 
     if method.unary:
@@ -295,6 +344,7 @@ def _innermost(method: Method, patience: Patience) -> Proceed:
 
 async def _read_all(call: Call, method: Method, reading: Reading) -> AsyncIterator[Message]:
     while (body := await reading.read_next(call.context)) is not grpc.aio.EOF:
+        call.receive(body)
         yield _parse(body, method)
 
 
@@ -328,6 +378,7 @@ async def _write_all(
     try:
         async for response in responses:
             body = response.SerializeToString()
+            call.response_bytes += len(body)
             try:
                 async with asyncio.timeout(patience.write_s):
                     await call.context.write(body)

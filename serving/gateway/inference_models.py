@@ -133,13 +133,13 @@ def models(operations: Operations) -> dict[str, Model]:
         return Answer({"mean": posterior.mean, "log_var": posterior.log_var})
 
     async def decode(rows: Array, parameters: Parameters, ticket: Ticket) -> Answer:
-        seed = _seed(parameters) if parameters.observes else None
+        seed = _seed(parameters, ticket) if parameters.observes else None
         draw = None if seed is None else ObservationDraw(seed)
         values = await operations.decode(rows, draw=draw, ticket=ticket, field=FIELD)
         return Answer({"reconstruction": values}, seed)
 
     async def draw(rows: Array, parameters: Parameters, ticket: Ticket) -> Answer:
-        seed = _seed(parameters)
+        seed = _seed(parameters, ticket)
         samples = await operations.sample_rows(
             rows.reshape(-1),
             seed=seed,
@@ -201,6 +201,7 @@ def models(operations: Operations) -> dict[str, Model]:
     }
 
 
-def _seed(parameters: Parameters) -> int:
+def _seed(parameters: Parameters, ticket: Ticket) -> int:
     """Return the caller's seed, or one of ours."""
-    return choose_seed() if parameters.seed is None else parameters.seed
+    ticket.seed = seed = choose_seed() if parameters.seed is None else parameters.seed
+    return seed

@@ -273,6 +273,8 @@ class InferenceService:
             if call.metadata.get(_GRPC_ERROR_KEY) == "true":
                 raise
             return _failure(request, call, error)
+        finally:
+            call.add(ticket)
         response.parameters["triton_final_response"].bool_param = True
         return pb.ModelStreamInferResponse(infer_response=response)
 

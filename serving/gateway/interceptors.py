@@ -14,6 +14,7 @@ import grpc
 from serving import metrics
 from serving.errors import DeadlineExceeded, ServingError
 from serving.gateway import statuses
+from serving.gateway.access_log import AccessLog
 from serving.gateway.admission import Admission
 from serving.gateway.calls import Call, Proceed
 from serving.gateway.identity import Identity
@@ -58,10 +59,10 @@ class Traffic:
 
 
 class Observe:
-    """Counts the call and times it."""
+    """Counts the call, times it and its stages, and writes its line of the access log."""
 
-    def __init__(self, traffic: Traffic) -> None:
-        self._traffic = traffic
+    def __init__(self, traffic: Traffic, access_log: AccessLog) -> None:
+        self._traffic, self._access_log = traffic, access_log
 
     async def around(self, call: Call, proceed: Proceed) -> bytes:
         """Count, whatever the end."""
@@ -78,9 +79,31 @@ class Observe:
             raise
         finally:
             self._traffic.num_in_flight -= 1
-            method = call.method
-            metrics.calls(method, call.code.name).inc()
-            metrics.call_latency(method).observe(time.monotonic() - call.arrived_at)
+            total_s = time.monotonic() - call.arrived_at
+            _count(call, total_s)
+            self._access_log.write(call, total_s)
+
+
+def _count(call: Call, total_s: float) -> None:
+    meters = metrics.call(call.method)
+    meters.end(call.code.name)
+    meters.latency.observe(total_s)
+    if call.reason:
+        meters.error(call.reason, statuses.blame(call.reason))
+    if not call.received_at:
+        return
+    receive_s = call.received_at - call.arrived_at
+    meters.receive.observe(receive_s)
+    meters.request_bytes.observe(call.request_bytes)
+    if call.response_bytes:
+        meters.response_bytes.observe(call.response_bytes)
+    taken = call.taken
+    if taken is not None and taken.num_rows:
+        meters.rows.observe(taken.num_rows)
+        meters.queue.observe(taken.queue_s)
+        meters.engine.observe(taken.run_s)
+        # Parts of one call that run side by side may take longer together than the call.
+        meters.reply.observe(max(0.0, total_s - receive_s - taken.queue_s - taken.run_s))
 
 
 class MapErrors:

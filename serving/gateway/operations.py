@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving import likelihoods, noise
-from serving.batching import BatchReport, RowBatcher
+from serving.batching import BatchReport, DropReport, RowBatcher
 from serving.bundle import Graph, Manifest
 from serving.config import ServingConfig
 from serving.engine.protocol import GRAPHS, Engine, Posterior
@@ -135,7 +135,7 @@ class Operations:
         engine: Who runs the graphs.
         manifest: Description of the model.
         config: Bounds.
-        on_batch: Told about every run: name of the graph, report.
+        tell: Told about every run, and about rows that got no answer: name of the graph, report.
         charge: Told the client and the number of rows before they join a queue; may refuse them.
     """
 
@@ -145,7 +145,7 @@ class Operations:
         manifest: Manifest,
         config: ServingConfig,
         *,
-        on_batch: Callable[[str, BatchReport], None] = lambda _graph, _report: None,
+        tell: Callable[[Graph, BatchReport | DropReport], None] = lambda _graph, _report: None,
         charge: Callable[[str, int], None] = lambda _client, _num_rows: None,
     ) -> None:
         self.manifest, self._engine, self._limits, self._charge = manifest, engine, config.limits, charge
@@ -159,26 +159,34 @@ class Operations:
         make = functools.partial(
             RowBatcher, config=config.batching, num_slots=config.batching.max_in_flight or engine.num_slots
         )
-        observe_encoder, observe_decoder = (functools.partial(on_batch, graph) for graph in ("encoder", "decoder"))
-        encoders, decoders = (functools.partial(engine.num_replicas, graph) for graph in GRAPHS)
-        self.encoder = make(self._run_encoder, name="encoder", on_batch=observe_encoder, num_replicas=encoders)
-        # Drawn latents are made when a run needs them.
-        make = functools.partial(
-            make, name="decoder", on_batch=observe_decoder, assemble=self._assemble_latents, num_replicas=decoders
+        encode, decode = (
+            functools.partial(
+                make,
+                name=graph,
+                tell=functools.partial(tell, graph),
+                num_replicas=functools.partial(engine.num_replicas, graph),
+            )
+            for graph in GRAPHS
         )
-        self.decoder = make(self._run_decoder)
+        self.encoder = encode(self._run_encoder)
+        # Drawn latents are made when a run needs them.
+        decode = functools.partial(decode, assemble=self._assemble_latents)
+        self.decoder = decode(self._run_decoder)
         # Rows of one run have the same outputs, so parameters have runs of their own on the same graph.
-        self.scorer = make(self._run_scorer)
+        self.scorer = decode(self._run_scorer)
 
     @property
     def num_rows(self) -> int:
         """Rows that wait or run."""
         return sum(batcher.num_rows for batcher in (self.encoder, self.decoder, self.scorer))
 
+    def batchers(self, graph: Graph) -> Sequence[RowBatcher]:
+        """Return who gathers rows for a graph."""
+        return (self.encoder,) if graph == "encoder" else (self.decoder, self.scorer)
+
     def num_waiting(self, graph: Graph) -> int:
         """Return the rows that are in no run of a graph yet."""
-        batchers = [self.encoder] if graph == "encoder" else [self.decoder, self.scorer]
-        return sum(batcher.num_waiting for batcher in batchers)
+        return sum(batcher.num_waiting for batcher in self.batchers(graph))
 
     @property
     def is_stalled(self) -> bool:

@@ -5,20 +5,23 @@ import functools
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from prometheus_client import Gauge
 
 from serving import metrics
-from serving.batching import BatchReport
-from serving.bundle import Manifest
+from serving.batching import BatchReport, DropReport, RowBatcher
+from serving.bundle import Graph, Manifest
 from serving.config import GatewayConfig, ServingConfig, address_of
 from serving.engine.protocol import GRAPHS, Engine, Providers
 from serving.errors import PortTaken
+from serving.exporter import Discover, Exporter, nobody_else
 from serving.gateway import inference_service, vae_service
+from serving.gateway.access_log import AccessLog
 from serving.gateway.admission import Admission
 from serving.gateway.calls import Method, Patience, Reading, handler
 from serving.gateway.credentials import check_plaintext, server_credentials
@@ -60,7 +63,11 @@ class GatewayServer:
         self._traffic = Traffic()
         self._reading = Reading(gateway.transport.body_timeout_s)
         self.operations = Operations(
-            engine, manifest, config, on_batch=_observe_batch, charge=self._admission.charge
+            engine,
+            manifest,
+            config,
+            tell=functools.partial(_observe_rows, config.batching.max_batch_rows),
+            charge=self._admission.charge,
         )
         self._service = VaeService(self.operations, config.limits)
         self._services: dict[str, dict[str, Method]] = {vae_service.NAME: self._service.methods()}
@@ -81,10 +88,12 @@ class GatewayServer:
         self._server = grpc.aio.server(options=_options(config))
         self._drain_task: asyncio.Task[None] | None = None
         self.port = 0
-        self._metrics: metrics.Endpoint | None = None
-        _observe_gateway(self._traffic, self.operations, manifest)
-        for graph in GRAPHS:
-            metrics.REPLICAS.labels(graph).set_function(functools.partial(engine.num_replicas, graph))
+        self.exporter: Exporter | None = None
+        self._access_log = AccessLog(gateway.access_log)
+        self._version = manifest.version
+        self._observe_gateway(config)
+        metrics.MODEL.info({"name": manifest.name, "version": manifest.version})
+        metrics.describe_build()
 
     @property
     def is_draining(self) -> bool:
@@ -99,10 +108,13 @@ class GatewayServer:
     @property
     def metrics_port(self) -> int | None:
         """Port of the Prometheus endpoint, where there is one."""
-        return self._metrics.port if self._metrics else None
+        return self.exporter.port if self.exporter else None
 
-    async def start(self) -> None:
+    async def start(self, discover: Discover = nobody_else) -> None:
         """Bind, serve, and begin to ask the engine for its health.
+
+        Args:
+            discover: Finds the other processes that have metrics.
 
         Raises:
             PortTaken: If the address cannot be bound.
@@ -124,7 +136,10 @@ class GatewayServer:
         await self.health.prepare()
         await self._server.start()
         if gateway.metrics_port is not None:
-            self._metrics = metrics.expose(gateway.host, gateway.metrics_port)
+            self.exporter = Exporter(
+                "gateway", is_ready=lambda: self.health.is_ready and not self.is_draining, discover=discover
+            )
+            self.exporter.start(gateway.host, gateway.metrics_port, num_ports=1)
         logger.info("gateway listens", extra={"host": gateway.host, "port": self.port})
         await self.health.start()
 
@@ -151,8 +166,9 @@ class GatewayServer:
         await self.operations.close()
         await self._engine.close()
         await self._identity.close()
-        if self._metrics is not None:
-            self._metrics.close()
+        self._access_log.flush()
+        if self.exporter is not None:
+            self.exporter.close()
         logger.info("gateway stopped", extra={"drain_seconds": round(time.monotonic() - began, 3)})
 
     def _handler(self, path: str, method: Method) -> "grpc.RpcMethodHandler[bytes, bytes]":
@@ -163,13 +179,14 @@ class GatewayServer:
             else LimitTime(default_s=limits.max_stream_s, max_s=limits.max_stream_s)
         )
         surrounds = (
-            Observe(self._traffic),
+            Observe(self._traffic, self._access_log),
             MapErrors(),
             Authenticate(self._identity, max_metadata_bytes=2 * transport.max_metadata_bytes),
             Admit(self._admission),
             limit_time,
         )
-        return handler(path, method, surrounds, Patience(self._reading, transport.write_timeout_s))
+        patience = Patience(self._reading, transport.write_timeout_s)
+        return handler(path, method, surrounds, patience, version=self._version)
 
     def _is_quiet(self, since: float) -> bool:
         silent_s = time.monotonic() - max(self._traffic.last_arrival, since)
@@ -177,6 +194,26 @@ class GatewayServer:
 
     def _on_ready(self, providers: Providers) -> None:
         self._service.providers = providers
+
+    def _observe_gateway(self, config: ServingConfig) -> None:
+        """Let the gauges read the facts at scrape time, so that nothing is counted twice."""
+        metrics.CALLS_IN_FLIGHT.set_function(lambda: self._traffic.num_in_flight)
+        metrics.CALLS_LIMIT.set(config.gateway.admission.max_calls)
+        metrics.READY.set_function(lambda: self.health.is_ready and not self.is_draining)
+        for graph in GRAPHS:
+            metrics.REPLICAS.labels(graph).set_function(functools.partial(self._engine.num_replicas, graph))
+            metrics.QUEUE_LIMIT.labels(graph).set(config.batching.max_queue_rows)
+            batchers = self.operations.batchers(graph)
+            facts: list[tuple[Gauge, Callable[[RowBatcher], float], Callable[[list[float]], float]]] = [
+                (metrics.QUEUE_ROWS, lambda batcher: batcher.num_rows, sum),
+                (metrics.QUEUE_WAITING_ROWS, lambda batcher: batcher.num_waiting, sum),
+                (metrics.QUEUE_BYTES, lambda batcher: batcher.num_bytes, sum),
+                (metrics.QUEUE_AGE, lambda batcher: batcher.longest_wait_s, max),
+                (metrics.BATCHES_IN_FLIGHT, lambda batcher: batcher.num_in_flight, sum),
+                (metrics.BATCHER_STALLED, lambda batcher: batcher.is_stalled, max),
+            ]
+            for gauge, read, join in facts:
+                gauge.labels(graph).set_function(functools.partial(_joined, batchers, read, join))
 
 
 def check_credentials(gateway: GatewayConfig) -> None:
@@ -253,18 +290,18 @@ def _ms(seconds: float) -> int:
     return max(1, round(seconds * 1000))
 
 
-def _observe_batch(graph: str, report: BatchReport) -> None:
-    rows, wait, run = metrics.batch(graph)
-    rows.observe(report.num_rows)
-    wait.observe(report.wait_s)
-    run.observe(report.run_s)
+def _observe_rows(max_rows: int, graph: Graph, report: BatchReport | DropReport) -> None:
+    if isinstance(report, DropReport):
+        metrics.ROWS_DROPPED.labels(graph, report.reason).inc(report.num_rows)
+        return
+    meters = metrics.batch(graph)
+    meters.rows.observe(report.num_rows)
+    meters.fill.observe(report.num_rows / max_rows)
+    meters.wait.observe(report.wait_s)
+    meters.run.observe(report.run_s)
 
 
-def _observe_gateway(traffic: Traffic, operations: Operations, manifest: Manifest) -> None:
-    """Let the gauges read the facts at scrape time, so that nothing is counted twice."""
-    metrics.CALLS_IN_FLIGHT.set_function(lambda: traffic.num_in_flight)
-    metrics.QUEUE_ROWS.labels("encoder").set_function(lambda: operations.encoder.num_rows)
-    metrics.QUEUE_ROWS.labels("decoder").set_function(
-        lambda: operations.decoder.num_rows + operations.scorer.num_rows
-    )
-    metrics.MODEL.info({"name": manifest.name, "version": manifest.version})
+def _joined(
+    batchers: Sequence[RowBatcher], read: Callable[[RowBatcher], float], join: Callable[[list[float]], float]
+) -> float:
+    return join([float(read(batcher)) for batcher in batchers])

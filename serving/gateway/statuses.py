@@ -1,7 +1,7 @@
 """The catalogue of errors: class -> status code, reason, retry hint, and what the caller may read."""
 
 import math
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -59,6 +59,8 @@ class Status(NamedTuple):
     code: grpc.StatusCode
     message: str
     trailers: tuple[tuple[str, str | bytes], ...]
+    reason: str = ""
+    """Name of the reason, from `vae.v1.ErrorReason`."""
 
 
 def of(error: errors.ServingError) -> Status:
@@ -84,7 +86,7 @@ def of(error: errors.ServingError) -> Status:
         trailers.append((PUSHBACK_KEY, str(wait_ms)))
     if isinstance(error, errors.MetadataTooLarge):
         trailers.append((PUSHBACK_KEY, _NEVER))
-    return _status(code, str(error)[:_MAX_MESSAGE], details, trailers)
+    return _status(code, str(error)[:_MAX_MESSAGE], details, trailers)._replace(reason=reason)
 
 
 def internal(error_id: str) -> Status:
@@ -94,7 +96,20 @@ def internal(error_id: str) -> Status:
         error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata={"error_id": error_id})
     ]
     message = f"internal error {error_id}; tell the operator this id"
-    return _status(grpc.StatusCode.INTERNAL, message, details, [(REASON_KEY, reason)])
+    return _status(grpc.StatusCode.INTERNAL, message, details, [(REASON_KEY, reason)])._replace(reason=reason)
+
+
+Blame = Literal["client", "load", "service"]
+
+_OF_LOAD: Final = frozenset({"QUEUE_FULL", "RATE_LIMITED", "DEADLINE_EXCEEDED", "DEADLINE_TOO_SHORT"})
+_OF_SERVICE: Final = frozenset({"DRAINING", "ENGINE_UNAVAILABLE", "INTERNAL", "MODEL_UNLOADED"})
+
+
+def blame(reason: str) -> Blame:
+    """Return who must act on an error: its caller; whoever sends more than there is room for; or we."""
+    if reason in _OF_SERVICE:
+        return "service"
+    return "load" if reason in _OF_LOAD else "client"
 
 
 def _status(

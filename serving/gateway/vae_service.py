@@ -65,7 +65,7 @@ class VaeService:
         posterior = await self._operations.encode(data, ticket=ticket)
         response, latents = pb.EncodeResponse(model_version=self._version), None
         if request.num_latents:
-            response.seed = _seed(request)
+            response.seed = _seed(request, ticket)
             latents = await self._operations.draw_latents(
                 posterior, request.num_latents, response.seed, first_row=request.first_row
             )
@@ -79,7 +79,7 @@ class VaeService:
         observes = _observes(request)
         self._operations.check_first_row(request.first_row)
         latents = from_message(request.latents, field="latents")
-        draw = _draw(request, len(latents)) if observes else None
+        draw = _draw(request, len(latents), ticket) if observes else None
         values = await self._operations.decode(latents, draw=draw, ticket=ticket)
         response = pb.DecodeResponse(model_version=self._version)
         return _reconstructed(response, values, request.output_type, draw)
@@ -90,7 +90,7 @@ class VaeService:
         observes = _observes(request)
         samples = await self._operations.sample(
             request.num_samples,
-            seed=_seed(request),
+            seed=_seed(request, ticket),
             first_row=request.first_row,
             temperature=request.temperature if request.HasField("temperature") else 1.0,
             observe=observes,
@@ -108,7 +108,7 @@ class VaeService:
         observes = _observes(request)
         self._operations.check_first_row(request.first_row)
         data = from_message(request.data, field="data")
-        draw = _draw(request, len(data)) if observes else None
+        draw = _draw(request, len(data), ticket) if observes else None
         values = await self._operations.reconstruct(data, draw=draw, ticket=ticket)
         response = pb.ReconstructResponse(model_version=self._version)
         return _reconstructed(response, values, request.output_type, draw)
@@ -143,7 +143,7 @@ class VaeService:
         if (bound := _BOUNDS.get(request.bound)) is None:
             expected, actual = "ELBO or IMPORTANCE_WEIGHTED", f"unknown value {request.bound}"
             raise OutOfRange("bound", expected=expected, actual=actual)
-        seed = _seed(request)
+        seed = _seed(request, ticket)
         scores = await self._operations.score(
             from_message(request.data, field="data"),
             bound=bound,
@@ -160,7 +160,7 @@ class VaeService:
         self._operations.check_version(request.model_version)
         chunks = self._operations.sample_stream(
             request.num_samples,
-            seed=_seed(request),
+            seed=_seed(request, ticket),
             first_row=request.first_row,
             temperature=request.temperature if request.HasField("temperature") else 1.0,
             observe=_observes(request),
@@ -238,14 +238,15 @@ class _Observing(Protocol):
     def output_type(self) -> pb.DataType.ValueType: ...
 
 
-def _seed(request: _Seeded) -> int:
-    """Return the caller's seed, or one of ours."""
-    return request.seed if request.HasField("seed") else choose_seed()
+def _seed(request: _Seeded, ticket: Ticket) -> int:
+    """Return the caller's seed, or one of ours; the ticket tells the log."""
+    ticket.seed = seed = request.seed if request.HasField("seed") else choose_seed()
+    return seed
 
 
-def _draw(request: pb.DecodeRequest | pb.ReconstructRequest, num_rows: int) -> ObservationDraw:
+def _draw(request: pb.DecodeRequest | pb.ReconstructRequest, num_rows: int, ticket: Ticket) -> ObservationDraw:
     """Return which observations a request means."""
-    return ObservationDraw(_seed(request), (request.first_row, num_rows))
+    return ObservationDraw(_seed(request, ticket), (request.first_row, num_rows))
 
 
 def _reconstructed(
