@@ -87,6 +87,8 @@ def _facts(call: Call, total_s: float, now: float) -> dict[str, Any]:
         "request_bytes": call.request_bytes,
         "response_bytes": call.response_bytes,
     }
+    if trace_id := call.trace_id:
+        facts["trace_id"] = trace_id
     if call.reason:
         facts["reason"] = call.reason
     if taken is not None and taken.num_rows:
@@ -114,4 +116,5 @@ def _text(facts: dict[str, Any]) -> str:
         )
     parts += [facts[name] for name in ("reason",) if name in facts]
     parts += [f"client={json.dumps(facts['client'])}", f"id={facts['request_id']}"]
+    parts += [f"trace={facts['trace_id']}" for _ in ("trace_id",) if "trace_id" in facts]
     return "  ".join(parts)
