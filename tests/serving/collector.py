@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
@@ -128,5 +128,5 @@ def _received(process: dict[str, Value], span: trace_pb2.Span) -> Received:
     )
 
 
-def _plain(pairs: "Iterator[KeyValue] | object") -> dict[str, Value]:
-    return {pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in pairs}  # type: ignore[attr-defined]
+def _plain(pairs: Iterable[KeyValue]) -> dict[str, Value]:
+    return {pair.key: getattr(pair.value, str(pair.value.WhichOneof("value"))) for pair in pairs}
