@@ -129,10 +129,16 @@ class Exporter:
             self._wake.clear()
             while self._waiting and not self._is_over:
                 batch = [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
-                self._exporter.export([self._readable(*part) for part in batch])
+                self._export(batch)
             if self._num_dropped:
                 dropped, self._num_dropped = self._num_dropped, 0
                 _sparingly.say(f"{dropped} spans were too many at once, and are dropped")
+
+    def _export(self, batch: Sequence[tuple[Span, int]]) -> None:
+        try:
+            self._exporter.export([self._readable(*part) for part in batch])
+        except Exception as error:  # noqa: BLE001 - whatever one batch has, the thread must live for the next
+            _sparingly.say(f"{type(error).__name__}: {error}")
 
     def _readable(self, span: Span, epoch_ns: int) -> ReadableSpan:
         return ReadableSpan(
@@ -172,3 +178,6 @@ def _take_over_the_log() -> None:
     for name in ("opentelemetry.exporter", "opentelemetry.sdk"):
         theirs = logging.getLogger(name)
         theirs.handlers, theirs.propagate = [_sparingly], False
+    # A line with the text of each `tracestate` that is not well formed: strangers could fill a disk.
+    theirs = logging.getLogger("opentelemetry.trace")
+    theirs.handlers, theirs.propagate = [logging.NullHandler()], False

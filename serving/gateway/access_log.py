@@ -116,5 +116,6 @@ def _text(facts: dict[str, Any]) -> str:
         )
     parts += [facts[name] for name in ("reason",) if name in facts]
     parts += [f"client={json.dumps(facts['client'])}", f"id={facts['request_id']}"]
-    parts += [f"trace={facts['trace_id']}" for _ in ("trace_id",) if "trace_id" in facts]
+    if "trace_id" in facts:
+        parts.append(f"trace={facts['trace_id']}")
     return "  ".join(parts)

@@ -86,6 +86,22 @@ def test_without_an_endpoint_the_environment_says_where(
     assert len(collector.spans) == 1
 
 
+@pytest.mark.parametrize("state", ["no pair", "a=1,a=2", ",".join(f"k{number}=1" for number in range(40))])
+def test_a_state_that_is_not_well_formed_is_left_out(collector: Collector, state: str) -> None:
+    """Its span arrives, and what a stranger wrote there is not in the log."""
+    exporter = Exporter(collector.endpoint, {})
+    sent = span()
+    exporter.send([sent._replace(context=sent.context._replace(state=state))])
+    exporter.close(5)
+    assert collector.one("queue").proto.trace_state == ""
+    logger = logging.getLogger("opentelemetry.trace.span")
+    reached = []
+    while logger is not None:
+        reached += logger.handlers
+        logger = logger.parent if logger.propagate else None  # type: ignore[assignment]  # the root has none
+    assert [type(handler) for handler in reached] == [logging.NullHandler]
+
+
 def test_a_collector_that_is_away_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """More spans than can wait are taken at once, the end comes in time, the log has one line."""
     exporter = Exporter(NOWHERE, {})
