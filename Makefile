@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	@echo 'installing the tested versions into $(VENV) (a minute or two)'
-	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[serving,load,training,tensorboard,ray-train,dev]'
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[serving,load,tracing,training,tensorboard,ray-train,dev]'
 	@touch $@
 
 clients: $(CLIENTS_STAMP) ## create the environment of tritonclient, for the tests against it

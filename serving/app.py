@@ -22,7 +22,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from serving import bundle, scaling
+from serving import bundle, scaling, tracing
 from serving.config import ServingConfig
 from serving.errors import ProviderUnavailable, ServiceFailed
 from serving.gateway.server import check_credentials, check_port
@@ -106,6 +106,7 @@ def on_ray(
         raise ServiceFailed(
             reason="gateway.port: 0 lets the system choose, which only the in-process engine can tell"
         )
+    tracing.check(config.tracing)
     check_credentials(config.gateway)  # before sources become one below, so that errors name the right one
     located = _located(config)
     check_port(config.gateway.host, config.gateway.port)

@@ -19,6 +19,7 @@ from serving.config import BatchingConfig
 from serving.errors import DeadlineExceeded, DeadlineTooShort, EngineUnavailable, QueueFull
 from serving.queueing import Outputs, Request, RowQueue, Rows, Slice, Source, concatenate
 from serving.service_times import ServiceTimes
+from serving.spans import BatchTrace, RunTrace, Visit, longest_waiting, running
 from serving.tickets import HIGHEST, LOWEST, Ticket
 
 Run = Callable[[Rows, float], Awaitable[Outputs]]
@@ -94,6 +95,8 @@ class RowBatcher:
     ) -> None:
         self._run, self._config, self._name, self._clock = run, config, name, clock
         self._tell = tell
+        self.on_traced_run: Callable[[BatchTrace], None] = lambda _: None
+        """Told about every run, failed or not, that rows of a traced call took part in."""
         self._slots_each, self._num_replicas, self._assemble = num_slots, num_replicas, assemble
         self._queue = RowQueue(age_after_s=config.age_after_s)
         self._times = ServiceTimes()
@@ -158,12 +161,16 @@ class RowBatcher:
         num_rows, num_bytes, priority = request.num_rows, source.nbytes, ticket.priority
         self._admit(request, num_bytes)
         self._hold(ticket.client, priority, num_rows, num_bytes)
+        if ticket.trace is not None:
+            request.visit = ticket.trace.visit(self._name, arrived_at=request.arrived_at, num_rows=num_rows)
         self._queue.add(request)
         self._schedule_dispatch()
         try:
             return await request.future
         except BaseException as error:
             self._tell(DropReport(num_rows, _reason_of(error)))
+            if request.visit is not None:
+                request.visit.ended_at, request.visit.error = self._clock(), type(error).__name__
             raise
         finally:
             self._hold(ticket.client, priority, -num_rows, -num_bytes)
@@ -306,8 +313,11 @@ class RowBatcher:
     async def _run_batch(self, batch: Sequence[Slice], flight: _Flight) -> None:
         started = self._clock()
         for part in batch:
-            if not part.request.first_run_at:
-                part.request.first_run_at = started
+            request = part.request
+            if not request.first_run_at:
+                request.first_run_at = started
+                if request.visit is not None:
+                    request.visit.first_run_at = started
         try:
             await self._run_and_deliver(batch)
         except Exception as error:  # noqa: BLE001 - whatever the engine raises belongs to the callers of this batch
@@ -316,22 +326,45 @@ class RowBatcher:
             self._report(batch, started, flight.num_together)
 
     async def _run_and_deliver(self, batch: Sequence[Slice]) -> None:
+        visits = [part.request.visit for part in batch if part.request.visit is not None]
+        outputs = await (self._run_traced(batch, visits) if visits else self._run_rows(batch))
+        offset, now, num_rows = 0, self._clock(), len(outputs[0])
+        for request, start, stop in batch:
+            end = offset + stop - start
+            ticket = request.ticket
+            ticket.run_share += (stop - start) / num_rows
+            ticket.batch_rows = max(ticket.batch_rows, num_rows)
+            if request.deliver(start, tuple(output[offset:end] for output in outputs)):
+                ticket.num_rows += request.num_rows
+                ticket.queue_s += request.first_run_at - request.arrived_at
+                ticket.run_s += now - request.first_run_at
+                if request.visit is not None:
+                    request.visit.ended_at = now
+            offset = end
+
+    async def _run_rows(self, batch: Sequence[Slice]) -> Outputs:
         rows = self._assemble(batch)
         timeout_s = max(part.request.expires_at for part in batch) - self._clock()
         outputs = await self._run(rows, timeout_s)
         if any(len(output) != len(rows) for output in outputs):
             raise EngineUnavailable(graph=self._name, detail="outputs do not have the rows of the input")
-        offset, now = 0, self._clock()
-        for request, start, stop in batch:
-            end = offset + stop - start
-            ticket = request.ticket
-            ticket.run_share += (stop - start) / len(rows)
-            ticket.batch_rows = max(ticket.batch_rows, len(rows))
-            if request.deliver(start, tuple(output[offset:end] for output in outputs)):
-                ticket.num_rows += request.num_rows
-                ticket.queue_s += request.first_run_at - request.arrived_at
-                ticket.run_s += now - request.first_run_at
-            offset = end
+        return outputs
+
+    async def _run_traced(self, batch: Sequence[Slice], visits: Sequence[Visit]) -> Outputs:
+        """Run rows of which some belong to traced calls; the engine finds the run where it works."""
+        run, began_at, error = RunTrace(longest_waiting(visits).context.child()), self._clock(), ""
+        for visit in visits:
+            visit.runs.append(run.context)
+        try:
+            with running(run):
+                return await self._run_rows(batch)
+        except BaseException as failure:
+            error = type(failure).__name__
+            raise
+        finally:
+            num_rows = sum(part.stop - part.start for part in batch)
+            times = began_at, self._clock()
+            self.on_traced_run(BatchTrace(run, self._name, visits, len(batch), num_rows, *times, error))
 
     async def _recover(self, batch: Sequence[Slice], error: Exception) -> None:
         """Repeat a failed batch request by request, so that one poisonous input hurts only itself.

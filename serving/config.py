@@ -456,6 +456,21 @@ class AcceleratorConfig(Config):
         return self
 
 
+class TracingConfig(Config):
+    """OpenTelemetry traces: where the time of a call went, in every process that it went through."""
+
+    exporter: Literal["none", "otlp"] = "none"
+    """Who gets spans: nobody, or a collector by OTLP over HTTP, which needs the extra `tracing`."""
+
+    endpoint: str = Field(default="", pattern=r"^(https?://\S+)?$")
+    """Base URL of the collector, such as `http://localhost:4318`; `/v1/traces` is added. Empty: what the variables
+    OTEL_EXPORTER_OTLP_* of each process say, or that."""
+
+    sample_share: float = Field(default=0.01, ge=0, le=1)
+    """Share of the calls that are traced where the caller sent no `traceparent`; one who did has decided. A traced
+    call of one row costs two to three times the processor time of another, most of it in the exporter's thread."""
+
+
 class ServingConfig(Config):
     """The whole service."""
 
@@ -488,6 +503,9 @@ class ServingConfig(Config):
 
     limits: LimitsConfig = LimitsConfig()
     """What one call may ask for."""
+
+    tracing: TracingConfig = TracingConfig()
+    """Which calls are followed through the processes."""
 
     def gpu_share(self, graph: Literal["encoder", "decoder"]) -> float:
         """Return the share of a GPU that a replica of a graph reserves."""

@@ -33,6 +33,7 @@ ServingError
     ├── PortTaken
     ├── CredentialsError
     ├── ProviderUnavailable
+    ├── TracingUnavailable
     └── ServiceFailed
 """
 
@@ -315,6 +316,17 @@ class ProviderUnavailable(StartupError):
             "libraries here; use --device cpu or repair the installation"
         )
         self.asked, self.actual = asked, actual
+
+
+class TracingUnavailable(StartupError):
+    """Traces are asked for, and what sends them is not installed."""
+
+    def __init__(self, *, missing: str) -> None:
+        super().__init__(
+            f"tracing.exporter=otlp needs OpenTelemetry, and {missing} is missing: "
+            "pip install 'vae-serving[tracing]', or leave tracing.exporter at none"
+        )
+        self.missing = missing
 
 
 class ServiceFailed(StartupError):

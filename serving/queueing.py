@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import DeadlineExceeded
+from serving.spans import Visit
 from serving.tickets import HIGHEST, Ticket
 
 Rows = NDArray[Any]
@@ -40,7 +41,7 @@ class Request:
 
     __slots__ = (
         "arrived_at", "expires_at", "first_run_at", "future", "num_done", "num_rows", "num_taken", "outputs",
-        "source", "ticket",
+        "source", "ticket", "visit",
     )  # fmt: skip
 
     def __init__(self, source: Source, ticket: Ticket, *, arrived_at: float) -> None:
@@ -50,6 +51,8 @@ class Request:
         self.future: asyncio.Future[Outputs] = asyncio.get_running_loop().create_future()
         self.num_taken = self.num_done = 0
         self.outputs: Outputs = ()
+        self.visit: Visit | None = None
+        """What is noted of it; None unless its call is traced."""
 
     @property
     def num_waiting(self) -> int:

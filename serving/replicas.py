@@ -9,7 +9,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serving import bundle, logs, metrics
+from serving import bundle, logs, metrics, tracing
 from serving.config import NUM_METRICS_PORTS, ServingConfig, session_threads
 from serving.direct.security import Security
 from serving.direct.server import DirectServer
@@ -21,6 +21,8 @@ from serving.gateway.credentials import is_loopback
 from serving.gateway.server import GatewayServer
 from serving.meters import CallMeter, RowMeter
 from serving.runtime import GraphRuntime
+from serving.spans import Computed, RunTrace, current_run, received
+from serving.tracing import Tracer
 
 _DISCOVERY_TIMEOUT_S: Final = 2.0
 """Time for the other gateways to say where their metrics are, seconds."""
@@ -54,6 +56,7 @@ class GraphReplica:
         logs.configure()
         settings = ServingConfig.parse(config)
         own = settings.encoder if graph == "encoder" else settings.decoder
+        self._name = graph
         self._graph = GraphRuntime(
             bundle.read(settings.bundle),
             graph,
@@ -68,6 +71,7 @@ class GraphReplica:
         metrics.describe_replica(graph, self._graph.report)
         metrics.describe_build()
         replica, host = _replica_id(), ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        self._tracer = tracing.start(settings, graph, instance=replica)
         self._direct: DirectServer | None = None
         if own.direct_runs:
             self._direct = DirectServer(self.run, replica=replica, host=host, security=Security.from_environment())
@@ -80,7 +84,12 @@ class GraphReplica:
             self._exporter.start(metrics_host, own.metrics_port, num_ports=NUM_METRICS_PORTS)
 
     async def run(
-        self, rows: Rows, outputs: tuple[str, ...], timeout_s: float, backlog: tuple[str, float] | None = None
+        self,
+        rows: Rows,
+        outputs: tuple[str, ...],
+        timeout_s: float,
+        backlog: tuple[str, float] | None = None,
+        context: str = "",
     ) -> tuple[str, tuple[Rows, ...]]:
         """Return the version of the model and its outputs for rows.
 
@@ -89,6 +98,7 @@ class GraphReplica:
             outputs: Names of the outputs to compute.
             timeout_s: Time in which their turn must come, seconds.
             backlog: Name of the gateway, and this replica's part of the rows that wait there.
+            context: Token of the run's trace, where it came by Serve's handle and is traced.
 
         Raises:
             DeadlineExceeded: If the rows' turn comes later than `timeout_s` from now.
@@ -96,12 +106,15 @@ class GraphReplica:
         expires_at = time.monotonic() + timeout_s
         if backlog is not None:
             self._meter.hear(*backlog)
+        run = received(context) if context else current_run()
         self._meter.hold(len(rows))
         try:
             loop = asyncio.get_running_loop()
-            values = await loop.run_in_executor(self._pool, self._run, expires_at, rows, outputs)
+            values = await loop.run_in_executor(self._pool, self._run, expires_at, rows, outputs, run)
         finally:
             self._meter.hold(-len(rows))
+            if run is not None and self._tracer is not None:
+                self._tracer.end_computation(run)
         return self._graph.report.version, tuple(values)
 
     async def describe(self) -> ReplicaReport:
@@ -121,14 +134,24 @@ class GraphReplica:
         exporter: Exporter | None = getattr(self, "_exporter", None)
         if exporter is not None:
             exporter.close()
+        tracer: Tracer | None = getattr(self, "_tracer", None)
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
-    def _run(self, expires_at: float, rows: Rows, outputs: tuple[str, ...]) -> list[Rows]:
-        begun, is_done, began_at = self._meter.begin(len(rows)), False, time.monotonic()
+    def _run(self, expires_at: float, rows: Rows, outputs: tuple[str, ...], run: RunTrace | None) -> list[Rows]:
+        begun, error, began_at = self._meter.begin(len(rows)), "", time.monotonic()
+        is_done = False
         try:
             values = self._graph.run_until(expires_at, rows, outputs)
             is_done = True
+        except Exception as failure:
+            error = type(failure).__name__
+            raise
         finally:
             self._meter.end(begun, len(rows), is_done=is_done)
+            if run is not None:
+                graph, times, report = self._name, (began_at, time.monotonic()), self._graph.report
+                run.computed = Computed(graph, len(rows), *times, report.provider, report.version, error)
             if not is_done:
                 self._metrics.failed()
         self._metrics.ran(len(rows), time.monotonic() - began_at)

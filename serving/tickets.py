@@ -2,6 +2,8 @@
 
 from typing import Final
 
+from serving.spans import CallTrace
+
 HIGHEST: Final = 1
 """Priority of what a caller has sent: Encode, Decode and what is made of them."""
 
@@ -22,7 +24,8 @@ class Ticket:
     """
 
     __slots__ = (
-        "batch_rows", "client", "expires_at", "num_rows", "priority", "queue_s", "run_s", "run_share", "seed"
+        "batch_rows", "client", "expires_at", "num_rows", "priority", "queue_s", "run_s", "run_share", "seed",
+        "trace",
     )  # fmt: skip
 
     def __init__(self, expires_at: float, *, client: str = "", priority: int = HIGHEST) -> None:
@@ -39,6 +42,8 @@ class Ticket:
         """Rows of the largest run that it took part in, those of others included."""
         self.seed: int | None = None
         """Seed of what was drawn for it, the caller's or one that was chosen."""
+        self.trace: CallTrace | None = None
+        """Where what happens to it is noted; None unless its call is traced."""
 
     def demote(self, priority: int) -> None:
         """Lower the priority: a caller may step back, never ahead. Zero means as it is."""
@@ -46,7 +51,9 @@ class Ticket:
 
     def part(self, expires_at: float) -> "Ticket":
         """Return a ticket for a part of the work, which expires no later than the whole."""
-        return Ticket(min(expires_at, self.expires_at), client=self.client, priority=self.priority)
+        part = Ticket(min(expires_at, self.expires_at), client=self.client, priority=self.priority)
+        part.trace = self.trace
+        return part
 
     def add(self, part: "Ticket") -> None:
         """Count what a part took."""

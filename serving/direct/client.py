@@ -86,7 +86,12 @@ class Lane:
         self._idle.append(await self._connect())
 
     async def run(
-        self, rows: Rows, outputs: Sequence[str], timeout_s: float, backlog: Backlog = ("", 0.0)
+        self,
+        rows: Rows,
+        outputs: Sequence[str],
+        timeout_s: float,
+        backlog: Backlog = ("", 0.0),
+        context: str = "",
     ) -> Answer:
         """Run rows on the replica.
 
@@ -95,6 +100,7 @@ class Lane:
             outputs: Names of the outputs to compute.
             timeout_s: Time after which nobody waits for them.
             backlog: Name of the gateway, and this replica's part of the rows that wait there.
+            context: Token of the run's trace; empty if it is not traced.
 
         Raises:
             DeadlineExceeded: If the rows' turn came too late.
@@ -105,7 +111,8 @@ class Lane:
         try:
             async with asyncio.timeout(timeout_s):
                 connection = self._idle.pop() if self._idle else await self._connect()
-                frame = await self._ask(connection, frames.pack(question(outputs, timeout_s, backlog), [rows]))
+                text = question(outputs, timeout_s, backlog, context)
+                frame = await self._ask(connection, frames.pack(text, [rows]))
             text, values = frames.unpack(frame)
         except TimeoutError:
             raise LaneLost(reason="no answer in time", may_have_run=True) from None

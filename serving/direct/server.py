@@ -20,6 +20,7 @@ from serving.direct.connection import FrameProtocol
 from serving.direct.frames import Buffer
 from serving.direct.security import Security
 from serving.errors import DeadlineExceeded
+from serving.spans import continue_run
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +46,10 @@ class Address(NamedTuple):
     """What opens its door."""
 
 
-def question(outputs: Sequence[str], timeout_s: float, backlog: Backlog) -> str:
-    """Return the text that goes with rows."""
+def question(outputs: Sequence[str], timeout_s: float, backlog: Backlog, context: str = "") -> str:
+    """Return the text that goes with rows, and with the token of their trace where they have one."""
     gateway, num_waiting = backlog
-    return f"{timeout_s} {num_waiting} {gateway} {','.join(outputs)}"
+    return f"{timeout_s} {num_waiting} {gateway} {','.join(outputs)} {context}".rstrip()
 
 
 class DirectServer:
@@ -135,7 +136,9 @@ class DirectServer:
         began = time.monotonic()
         try:
             text, (rows,) = frames.unpack(frame)
-            timeout_s, num_waiting, gateway, outputs = text.split(" ")
+            timeout_s, num_waiting, gateway, outputs, *context = text.split(" ")
+            if context:
+                continue_run(context[0])
             backlog = gateway, float(num_waiting)
             version, values = await self._run(rows, tuple(outputs.split(",")), float(timeout_s), backlog)
             run_us = round((time.monotonic() - began) * 1e6)

@@ -26,6 +26,7 @@ from serving.engine.protocol import GRAPHS, Posterior, Providers, Rows
 from serving.errors import DeadlineExceeded, EngineUnavailable
 from serving.exporter import Target
 from serving.runtime import LoadReport
+from serving.spans import Event, current_run
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +196,8 @@ class RayEngine:
         deployment, trouble = self._deployments[graph], ""
         config = deployment.config
         expires_at = time.monotonic() + timeout_s
-        num_attempts = 0
+        num_attempts, trace = 0, current_run()
+        told = (trace.context.token,) if trace else ()  # nothing more on the wire without a trace
         while num_attempts < config.max_attempts:
             left_s = expires_at - time.monotonic()
             if left_s <= 0:
@@ -206,11 +208,11 @@ class RayEngine:
             lane = deployment.lanes.choose()
             try:
                 if lane is not None:
-                    version, _, values = await lane.run(rows, outputs, attempt_s, backlog)
+                    version, _, values = await lane.run(rows, outputs, attempt_s, backlog, *told)
                 else:
                     async with asyncio.timeout(attempt_s):
                         # Seconds that are left, not a time: the clocks of two machines differ.
-                        version, values = await deployment.handle.run.remote(rows, outputs, left_s, backlog)
+                        version, values = await deployment.handle.run.remote(rows, outputs, left_s, backlog, *told)
             except DeadlineExceeded:
                 raise DeadlineExceeded from None  # without what Ray puts around it
             except (LaneLost, *_LOST) as error:
@@ -226,6 +228,8 @@ class RayEngine:
                     num_attempts += 1
                 extra = {"graph": graph, "attempt": num_attempts, "reason": trouble}
                 logger.warning("a run was lost with its replica", extra=extra)
+                if trace:
+                    trace.events.append(Event(time.monotonic(), "replica lost", extra))
                 continue
             if version != self._version:
                 raise EngineUnavailable(graph=graph, detail=f"served by version {version}")

@@ -98,6 +98,8 @@ def _json(call: Call, total_s: float, now: float) -> str:
         f'"{call.code.name}", "total_us": {total_s * 1e6:.0f}, "request_bytes": {call.request_bytes}, '
         f'"response_bytes": {call.response_bytes}'
     )
+    if trace_id := call.trace_id:
+        line += f', "trace_id": "{trace_id}"'
     if call.reason:
         line += f', "reason": "{call.reason}"'
     taken = call.taken
@@ -122,4 +124,7 @@ def _text(call: Call, total_s: float, now: float) -> str:
         )
     if call.reason:
         parts.append(call.reason)
-    return "  ".join([*parts, f"client={_quoted(call.client)}", f"id={call.request_id}"])
+    parts += [f"client={_quoted(call.client)}", f"id={call.request_id}"]
+    if trace_id := call.trace_id:
+        parts.append(f"trace={trace_id}")
+    return "  ".join(parts)

@@ -26,6 +26,7 @@ from serving.errors import (
 )
 from serving.gateway import statuses
 from serving.gateway.replies import Answer
+from serving.spans import PARENT_KEY, CallTrace, parse
 from serving.tickets import HIGHEST, Ticket
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -81,7 +82,8 @@ class Call:
 
     __slots__ = (
         "_request_id", "arrived_at", "client", "code", "context", "expires_at", "metadata", "metadata_bytes",
-        "path", "priority", "reason", "received_at", "request_bytes", "response_bytes", "taken", "unread_bytes",
+        "path", "priority", "reason", "received_at", "request_bytes", "response_bytes", "taken", "trace",
+        "unread_bytes",
     )  # fmt: skip
 
     def __init__(self, path: str, context: Context, priority: int = HIGHEST) -> None:
@@ -108,6 +110,8 @@ class Call:
         """Size of the messages that were read, and of those that were written."""
         self.taken: Ticket | None = None
         """What came of its rows; of a stream of requests the sum."""
+        self.trace: CallTrace | None = None
+        """Where what happens is noted; None unless the call is traced."""
 
     @property
     def method(self) -> str:
@@ -123,9 +127,19 @@ class Call:
             self._request_id = str(given) if is_good else secrets.token_hex(8)
         return self._request_id
 
+    @property
+    def trace_id(self) -> str:
+        """Id of the trace it belongs to, ours or, traced here or not, the caller's; empty if there is none."""
+        if self.trace is not None:
+            return self.trace.context.trace_name
+        sent = self.metadata.get(PARENT_KEY)
+        context = None if sent is None else parse(sent)
+        return context.trace_name if context else ""
+
     def make_ticket(self) -> Ticket:
         """Return a ticket for a request of this call."""
         ticket = Ticket(self.expires_at, client=self.client, priority=self.priority)
+        ticket.trace = self.trace
         if self.taken is None:
             self.taken = ticket
         return ticket

@@ -1,4 +1,4 @@
-"""What surrounds every call: its metrics, its errors, who calls, how many may, its deadline.
+"""What surrounds every call: its trace, its metrics, its errors, who calls, how many may, its deadline.
 
 A surrounding wraps a handler once, when the server is built, so that a call pays for no lookup. The outermost
 comes first. No RPC method has a `try`, an `abort` or a timer of its own.
@@ -7,6 +7,7 @@ comes first. No RPC method has a `try`, an `abort` or a timer of its own.
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable
 from typing import Any, Final
 
 import grpc
@@ -18,11 +19,16 @@ from serving.gateway.access_log import AccessLog
 from serving.gateway.admission import Admission
 from serving.gateway.calls import Call, Proceed
 from serving.gateway.identity import Identity
+from serving.spans import CallTrace, Value
+from serving.tracing import CallFacts, Tracer
 
 logger = logging.getLogger(__name__)
 
 _LARGE_ANSWER: Final = 64 * 1024
 """Size of an answer, bytes, above which it counts until it is read: less goes out unread anyway."""
+
+_MAX_CLIENT: Final = 128
+"""Longest name of a client in a span, characters."""
 
 _CLOCK_SLACK_S: Final = 0.02
 """A caller whose deadline passes may cancel some milliseconds before our clock agrees."""
@@ -104,6 +110,44 @@ def _count(call: Call, total_s: float) -> None:
         meters.engine.observe(taken.run_s)
         # Parts of one call that run side by side may take longer together than the call.
         meters.reply.observe(max(0.0, total_s - receive_s - taken.queue_s - taken.run_s))
+
+
+class Trace:
+    """Notes the stages of a call that is traced, and makes spans of them at its end.
+
+    Args:
+        tracer: Who decides which calls are, and makes the spans.
+        is_unary: Whether one request of the method has one answer.
+    """
+
+    def __init__(self, tracer: Tracer, *, is_unary: bool) -> None:
+        self._tracer, self._is_unary = tracer, is_unary
+
+    def around(self, call: Call, proceed: Proceed) -> Awaitable[bytes]:
+        """Note, whatever the end. A call that is not traced goes its way without a frame of ours."""
+        call.trace = trace = self._tracer.begin(call.metadata)
+        return proceed(call) if trace is None else self._traced(call, trace, proceed)
+
+    async def _traced(self, call: Call, trace: CallTrace, proceed: Proceed) -> bytes:
+        try:
+            return await proceed(call)
+        finally:
+            self._tracer.end_call(trace, self._facts(call, time.monotonic()))
+
+    def _facts(self, call: Call, ended_at: float) -> CallFacts:
+        attributes: dict[str, Value] = {
+            "vae.request_id": call.request_id,
+            "vae.client": call.client[:_MAX_CLIENT],
+            "vae.request_bytes": call.request_bytes,
+            "vae.response_bytes": call.response_bytes,
+        }
+        if (taken := call.taken) is not None and taken.num_rows:
+            attributes |= {"vae.rows": taken.num_rows, "vae.batch_rows": taken.batch_rows}
+        number = call.code.value[0]
+        times = call.arrived_at, call.received_at, ended_at
+        return CallFacts(
+            call.path, call.code.name, number, *times, attributes, reason=call.reason, is_unary=self._is_unary
+        )
 
 
 class MapErrors:

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from prometheus_client import Gauge
 
-from serving import metrics
+from serving import metrics, tracing
 from serving.batching import BatchReport, DropReport, RowBatcher
 from serving.bundle import Graph, Manifest
 from serving.config import GatewayConfig, ServingConfig, address_of
@@ -29,7 +29,7 @@ from serving.gateway.guard import Guard
 from serving.gateway.health import Health
 from serving.gateway.identity import Identity
 from serving.gateway.inference_service import InferenceService
-from serving.gateway.interceptors import Admit, Authenticate, LimitTime, MapErrors, Observe, Traffic
+from serving.gateway.interceptors import Admit, Authenticate, LimitTime, MapErrors, Observe, Trace, Traffic
 from serving.gateway.operations import Operations
 from serving.gateway.vae_service import VaeService
 
@@ -51,6 +51,7 @@ class GatewayServer:
     Raises:
         CredentialsError: If a certificate, a key or a key set cannot be read, or plaintext would leave the
             machine.
+        TracingUnavailable: If traces are asked for and OpenTelemetry is not installed.
     """
 
     def __init__(self, engine: Engine, manifest: Manifest, config: ServingConfig) -> None:
@@ -69,6 +70,10 @@ class GatewayServer:
             tell=functools.partial(_observe_rows, config.batching.max_batch_rows),
             charge=self._admission.charge,
         )
+        self._tracer = tracing.start(config, "gateway")
+        if self._tracer is not None:
+            for batcher in (batcher for graph in GRAPHS for batcher in self.operations.batchers(graph)):
+                batcher.on_traced_run = self._tracer.end_run
         self._service = VaeService(self.operations, config.limits)
         self._services: dict[str, dict[str, Method]] = {vae_service.NAME: self._service.methods()}
         if gateway.open_inference:
@@ -167,6 +172,8 @@ class GatewayServer:
         await self._engine.close()
         await self._identity.close()
         self._access_log.flush()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
         if self.exporter is not None:
             self.exporter.close()
         logger.info("gateway stopped", extra={"drain_seconds": round(time.monotonic() - began, 3)})
@@ -179,6 +186,7 @@ class GatewayServer:
             else LimitTime(default_s=limits.max_stream_s, max_s=limits.max_stream_s)
         )
         surrounds = (
+            *([Trace(self._tracer, is_unary=bool(method.unary))] if self._tracer else ()),
             Observe(self._traffic, self._access_log),
             MapErrors(),
             Authenticate(self._identity, max_metadata_bytes=2 * transport.max_metadata_bytes),

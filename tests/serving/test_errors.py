@@ -38,6 +38,7 @@ EXAMPLES: list[ServingError] = [
     errors.BundleError(location="b", problem="p", remedy="r"),
     errors.PortTaken(address="127.0.0.1:1"),
     errors.CredentialsError(source="server.pem", problem="no certificate in it"),
+    errors.TracingUnavailable(missing="opentelemetry.sdk"),
     errors.ProviderUnavailable(asked="a", actual="b"),
     errors.ServiceFailed(reason="why"),
 ]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from serving.spans import CallTrace, new_context
 from serving.tickets import GENERATION, HIGHEST, LOWEST, Ticket
 
 
@@ -22,6 +23,14 @@ def test_a_part_expires_no_later_than_the_whole(asked: float, expected: float) -
     """A chunk of a stream has its own deadline inside that of the stream, for the same client and as urgent."""
     part = Ticket(100.0, client="key:a", priority=GENERATION).part(asked)
     assert (part.expires_at, part.client, part.priority) == (expected, "key:a", GENERATION)
+
+
+def test_a_part_is_noted_where_the_whole_is() -> None:
+    """Chunks of a traced stream are in the trace of their call."""
+    ticket = Ticket(math.inf)
+    assert ticket.part(math.inf).trace is None
+    ticket.trace = CallTrace(new_context())
+    assert ticket.part(math.inf).trace is ticket.trace
 
 
 def test_the_whole_counts_what_its_parts_took() -> None:

@@ -15,6 +15,7 @@ from serving.direct.client import Lane, LaneLost, Lanes, RunFailed
 from serving.direct.security import Security
 from serving.direct.server import Address, Backlog, DirectServer, Run
 from serving.errors import DeadlineExceeded
+from serving.spans import RunTrace, current_run, new_context
 from tests.certificates import Authority
 from tests.serving.direct.test_security import tls
 
@@ -76,6 +77,28 @@ async def test_rows_run_on_the_replica() -> None:
             assert answer.run_s >= 0
         assert len(lane._idle) == 1  # noqa: SLF001 - three runs in turn need one connection
         lane.close()
+
+
+async def test_the_trace_of_a_run_crosses() -> None:
+    """The replica works for the run that the gateway names, and for no other."""
+    heard: list[RunTrace | None] = []
+
+    async def listen(
+        rows: Rows, _outputs: Sequence[str], _timeout_s: float, _backlog: Backlog
+    ) -> tuple[str, list[Any]]:
+        heard.append(current_run())
+        return "v1", [rows]
+
+    context = new_context()._replace(state="congo=t61,rojo=00f0 67aa")
+    async with listening(listen) as direct:
+        lane = lane_to(direct)
+        await lane.run(ROWS, ["mean"], 5, ("gate", 0.0), context.token)
+        await lane.run(ROWS, ["mean"], 5)
+        lane.close()
+    traced, untraced = heard
+    assert traced is not None
+    assert traced.context == context
+    assert untraced is None
 
 
 async def test_large_arrays_cross_whole() -> None:

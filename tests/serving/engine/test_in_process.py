@@ -11,6 +11,7 @@ from serving.config import ServingConfig
 from serving.engine.in_process import InProcessEngine
 from serving.errors import DeadlineExceeded
 from serving.runtime import GraphRuntime
+from serving.spans import RunTrace, new_context, running
 
 
 async def test_answers_are_those_of_the_runtime(small: Bundle, bundle_dir: Path) -> None:
@@ -49,6 +50,23 @@ async def test_rows_that_waited_too_long_for_a_thread_are_not_run(small: Bundle,
             await late
     assert len((await engine.encode(data, 60.0)).mean) == 2
     await engine.close()
+
+
+async def test_a_traced_run_is_told_what_was_computed(small: Bundle, bundle_dir: Path) -> None:
+    """Graph, rows, provider and version; a run that came too late names its error."""
+    engine = InProcessEngine(small, ServingConfig(bundle=str(bundle_dir)))
+    done, late = RunTrace(new_context()), RunTrace(new_context())
+    with running(done):
+        await engine.decode(np.zeros((3, 2), np.float32), 60.0)
+    with running(late), pytest.raises(DeadlineExceeded, match="the deadline passed"):
+        await engine.decode(np.zeros((3, 2), np.float32), -1.0)
+    await engine.close()
+    assert done.computed is not None
+    assert late.computed is not None
+    assert (done.computed.graph, done.computed.num_rows, done.computed.error) == ("decoder", 3, "")
+    assert (done.computed.provider, done.computed.version) == ("CPUExecutionProvider", small.manifest.version)
+    assert done.computed.began_at < done.computed.ended_at
+    assert late.computed.error == "DeadlineExceeded"
 
 
 async def test_the_event_loop_turns_while_a_graph_runs(small: Bundle, bundle_dir: Path) -> None:

@@ -15,6 +15,7 @@ from serving.config import ServingConfig
 from serving.engine.ray_engine import RayEngine, ReplicaReport
 from serving.errors import DeadlineExceeded, EngineUnavailable
 from serving.runtime import LoadReport
+from serving.spans import RunTrace, new_context, running
 
 ROWS = np.ones((3, 2), np.float32)
 
@@ -96,6 +97,18 @@ async def test_a_lost_replica_costs_a_second_try(small: Bundle) -> None:
     decoder = Handle(ActorDiedError(), ActorUnavailableError("away", b"0" * 16), (small.manifest.version, (ROWS,)))
     np.testing.assert_array_equal((await engine_of(small, decoder).decode(ROWS, 60.0))[0], ROWS)
     assert decoder.num_calls == 3
+
+
+async def test_a_traced_run_tells_its_replica_and_hears_what_was_lost(small: Bundle) -> None:
+    """The context goes along by Serve's handle, and an attempt that was lost is an event of the run."""
+    decoder = Handle(ActorDiedError(), (small.manifest.version, (ROWS,)))
+    engine, run = engine_of(small, decoder), RunTrace(new_context())
+    with running(run):
+        await engine.decode(ROWS, 60.0)
+    await engine.decode(ROWS, 60.0)
+    assert [arguments[4:] for arguments in decoder.arguments] == [(run.context.token,), (run.context.token,), ()]
+    (event,) = run.events
+    assert (event.name, event.attributes["attempt"]) == ("replica lost", 1)
 
 
 async def test_attempts_are_bounded_and_the_cause_is_kept_for_the_log(small: Bundle) -> None:
