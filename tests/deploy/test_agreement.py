@@ -1,6 +1,7 @@
 """The manifests and the code say the same: ports, probes, variables, versions, times; the hook really drains."""
 
 import asyncio
+import functools
 import importlib.metadata
 import re
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 import pytest
 import ray
 import yaml
-from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.serve.schema import ServeDeploySchema
 
 from serving import ray_environment
@@ -20,7 +20,6 @@ from serving.manifest_check import drain_s
 from serving.standalone import in_process
 from tests.deploy.rendering import (
     DEPLOY,
-    GROUPS,
     OVERLAYS,
     environment,
     kind,
@@ -31,6 +30,14 @@ from tests.deploy.rendering import (
 from tests.serving.harness import settings
 
 COUNTS = {"num_replicas", "min_replicas", "max_replicas"}
+
+
+@functools.cache
+def ray_sources() -> str:
+    """Return the code of Ray in which its variables are named."""
+    folder = Path(ray.__file__).parent
+    files = ("_private/ray_constants.py", "serve/_private/constants.py", "_common/usage/usage_constants.py")
+    return "\n".join((folder / file).read_text() for file in files)
 
 
 def config_of(overlay: str) -> ServingConfig:
@@ -98,9 +105,7 @@ def test_only_readiness_is_probed_and_only_on_the_gateway(overlay: str) -> None:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_variable_is_one_that_somebody_reads(overlay: str) -> None:
     """Ray's stand in Ray's code, ours in our configuration: a misspelt one does nothing, without a word."""
-    folder = Path(ray.__file__).parent
-    sources = [folder / "_private", folder / "serve/_private", folder / "_common/usage"]
-    known = "\n".join(path.read_text() for source in sources for path in source.glob("*.py"))
+    known = ray_sources()
     for pod in templates(overlay):
         variables = environment(overlay, pod)
         unknown = [
@@ -128,32 +133,9 @@ def test_versions_are_those_that_are_tested(overlay: str) -> None:
     assert ray_service(overlay)["spec"]["rayClusterConfig"]["rayVersion"] == importlib.metadata.version("ray")
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_autoscaler_sees_the_groups_that_serve_asks_for(overlay: str) -> None:
-    """By the code that its container runs: per group processors, GPUs, labels and bounds."""
-    service = ray_service(overlay)
-    cluster = {"metadata": {"name": "vae-abcde", "namespace": "vae"}, "spec": service["spec"]["rayClusterConfig"]}
-    seen: Any = _derive_autoscaling_config_from_ray_cr(cluster)
-    types = seen["available_node_types"]
-    assert set(types) == {*GROUPS, "headgroup"}
-    assert types["headgroup"]["resources"]["CPU"] == 0
-    config = config_of(overlay)
-    least = (config.gateway.num_replicas, config.encoder.min_replicas, config.decoder.min_replicas)
-    for group, num_replicas in zip(GROUPS, least, strict=True):
-        found = types[group]
-        assert found["labels"]["vae.role"] == group
-        share = 0.0 if group == "gateway" else config.gpu_share("encoder" if group == "encoder" else "decoder")
-        per_pod = 1 if group == "gateway" else int(found["resources"].get("GPU", 0) / share) if share else 1
-        assert found["resources"]["CPU"] >= per_pod * config.gateway.num_cpus
-        assert found["min_workers"] * per_pod >= num_replicas
-        assert found["max_workers"] > 0
-
-
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("overlay", [overlay for overlay in OVERLAYS if kind(overlay, "PodMonitor")])
 def test_monitoring_asks_where_metrics_are(overlay: str) -> None:
     """The gateway's port by its name, and the discovery of replicas at the gateways' own Service."""
-    if not kind(overlay, "PodMonitor"):
-        pytest.skip("this overlay leaves monitoring out")
     (monitor,) = kind(overlay, "PodMonitor")
     assert "vae-metrics" in [each["port"] for each in monitor["spec"]["podMetricsEndpoints"]]
     (scrape,) = kind(overlay, "ScrapeConfig")
