@@ -5,6 +5,8 @@ Prints its address. Then answers lines on standard input, each with one line of 
 - `where`: the roles of the nodes on which replicas run, by deployment.
 - `lose ROLE`: kills the first node of a role, as a machine is lost.
 - `add ROLE`: adds one.
+- `deploy FILE`: gives Serve another configuration.
+- `status`: Serve's view of the application, and its message.
 
 The end of the input stops it all.
 """
@@ -12,10 +14,13 @@ The end of the input stops it all.
 import json
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import ray
+import yaml
 from ray.cluster_utils import Cluster
+from ray.serve.schema import ServeDeploySchema
 
 from serving.app import APPLICATION
 from serving.config import ROLE_LABEL
@@ -33,14 +38,17 @@ def main() -> None:
         ray.init(cluster.address, namespace="serve", logging_level=logging.ERROR, log_to_driver=False)
         _say(cluster.address)
         for line in sys.stdin:
-            verb, _, role = line.strip().partition(" ")
+            verb, _, argument = line.strip().partition(" ")
             if verb == "lose":
-                lost = next(entry for entry in nodes if entry[0] == role)
+                lost = next(entry for entry in nodes if entry[0] == argument)
                 nodes.remove(lost)
                 cluster.remove_node(lost[1], allow_graceful=False)
             elif verb == "add":
-                nodes.append((role, _add(cluster, role)))
-            _say(_where() if verb == "where" else "done")
+                nodes.append((argument, _add(cluster, argument)))
+            elif verb == "deploy":
+                schema = ServeDeploySchema.model_validate(yaml.safe_load(Path(argument).read_text()))
+                _client().deploy_apps(schema)
+            _say({"where": _where, "status": _status}.get(verb, lambda: "done")())
     finally:
         ray.shutdown()
         cluster.shutdown()  # type: ignore[no-untyped-call]
@@ -50,16 +58,29 @@ def _add(cluster: Cluster, role: str) -> Any:  # noqa: ANN401 - Ray's own type
     return cluster.add_node(num_cpus=1, labels={ROLE_LABEL: role}, object_store_memory=STORE_BYTES)
 
 
-def _where() -> dict[str, list[str]]:
+def _client() -> Any:  # noqa: ANN401 - as above
     from ray.serve.context import _get_global_client  # noqa: PLC0415 - there is no public view of where replicas are
 
-    client: Any = _get_global_client()
+    return _get_global_client()
+
+
+def _application() -> dict[str, Any]:
+    found: dict[str, Any] = _client().get_serve_details()["applications"]
+    application: dict[str, Any] = found.get(APPLICATION, {"deployments": {}})
+    return application
+
+
+def _where() -> dict[str, list[str]]:
     roles = {node["NodeID"]: node["Labels"].get(ROLE_LABEL, "head") for node in ray.nodes()}  # type: ignore[no-untyped-call]
-    application = client.get_serve_details()["applications"].get(APPLICATION, {"deployments": {}})
     return {
         name: sorted(roles[each["node_id"]] for each in details["replicas"] if each["state"] == "RUNNING")
-        for name, details in application["deployments"].items()
+        for name, details in _application()["deployments"].items()
     }
+
+
+def _status() -> list[str]:
+    application = _application()
+    return [application["status"], application["message"]]
 
 
 def _say(fact: object) -> None:

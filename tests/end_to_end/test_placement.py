@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import pytest
@@ -25,13 +26,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 TOKEN = "ab" * 32
 STOP_TIMEOUT_S = 60
 NODES = ("gateway", "encoder", "decoder")
+PLACES = {"Gateway": ["gateway"], "Encoder": ["encoder"], "Decoder": ["decoder"]}
+GROWN = PLACES | {"Decoder": ["decoder", "decoder"]}
 
 
 class Placed:
     """The application on its cluster: two processes of an operator, watched from outside."""
 
-    def __init__(self, cluster: "subprocess.Popen[str]", port: int, proxy_port: int) -> None:
+    def __init__(self, cluster: "subprocess.Popen[str]", folder: Path, port: int, proxy_port: int) -> None:
         self._cluster = cluster
+        self.folder = folder
         self.target = f"127.0.0.1:{port}"
         self._proxy_port = proxy_port
 
@@ -97,32 +101,81 @@ def placed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Placed]:
         environment["RAY_ADDRESS"] = answer(cluster)
         run = [str(Path(sys.executable).parent / "serve"), "run", str(file)]
         with ended(psutil.Popen(run, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)) as serving:
-            service = Placed(cluster, port, proxy_port)
+            service = Placed(cluster, folder, port, proxy_port)
             wait_until(lambda: service.answers() or serving.poll() is not None, "the application answers")
             assert serving.poll() is None, "serve run ended"
             yield service
 
 
-def test_it_is_placed_grown_and_whole_again_by_role(placed: Placed) -> None:
-    """One story, for a cluster takes long to start.
+class Calls:
+    """A caller with our published client, and what became of its calls."""
 
-    Each deployment runs on nodes of its role and nowhere else. A second replica of the decoder waits, however many
-    encoder's nodes there are, until there is a decoder's. The rest survives the loss of a decoder's node, which is
-    made good when another comes.
+    def __init__(self, target: str) -> None:
+        self._target = target
+        self._is_over = threading.Event()
+        self.num_right = 0
+        self.failed: list[str] = []
+        self._thread = threading.Thread(target=self._call)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join(timeout=STOP_TIMEOUT_S)
+
+    def _call(self) -> None:
+        with VaeClient(self._target, timeout_s=20) as client:
+            expected = client.sample(3, seed=5).samples.tobytes()
+            while not self._is_over.is_set():
+                try:
+                    answer = client.sample(3, seed=5).samples.tobytes()
+                except VaeError as error:
+                    self.failed.append(str(error))
+                    continue
+                if answer == expected:
+                    self.num_right += 1
+                else:
+                    self.failed.append("another answer")
+
+
+def test_it_is_placed_and_grows_by_role(placed: Placed) -> None:
+    """Each deployment runs on nodes of its role and nowhere else; a second decoder waits for a decoder's node.
+
+    However many encoder's nodes there are.
     """
-    only = {"Gateway": ["gateway"], "Encoder": ["encoder"], "Decoder": ["decoder"]}
-    assert placed.where() == only
+    assert placed.where() == PLACES
     assert placed.is_probed_healthy()
     placed.tell("add encoder")
     assert placed.answers()
-    assert placed.where() == only
+    assert placed.where() == PLACES
     placed.tell("add decoder")
-    wait_until(lambda: placed.where() == only | {"Decoder": ["decoder", "decoder"]}, "the decoder has grown")
-    placed.tell("lose decoder")
-    wait_until(lambda: placed.where() == only, "the loss is noticed")
-    wait_until(placed.answers, "what is left answers")
-    placed.tell("add decoder")
-    wait_until(lambda: placed.where() == only | {"Decoder": ["decoder", "decoder"]}, "the loss is made good")
+    wait_until(lambda: placed.where() == GROWN, "the decoder has grown")
+
+
+def test_the_loss_of_a_node_loses_no_call(placed: Placed) -> None:
+    """What ran there is run again by the other decoder; another node makes the loss good."""
+    wait_until(lambda: placed.where() == GROWN, "the test before has been made good")
+    with Calls(placed.target) as calls:
+        wait_until(lambda: calls.num_right > 20, "calls are answered")
+        placed.tell("lose decoder")
+        wait_until(lambda: placed.where() == PLACES, "the loss is noticed")
+        before = calls.num_right
+        placed.tell("add decoder")
+        wait_until(lambda: placed.where() == GROWN, "the loss is made good")
+        wait_until(lambda: calls.num_right > before + 20, "calls go on being answered")
+    assert not calls.failed
+
+
+def test_another_bundle_than_was_asked_for_is_refused_and_the_old_goes_on(placed: Placed) -> None:
+    """The application of the new configuration is not even built; Serve says why."""
+    file = placed.folder / "other.yaml"
+    text = (placed.folder / "serve.yaml").read_text()
+    file.write_text(text.replace("bundle: /models/vae", f"bundle_sha256: {'f' * 64}"))
+    placed.tell(f"deploy {file}")
+    wait_until(lambda: placed.tell("status")[0] == "DEPLOY_FAILED", "the configuration is refused")
+    assert f"bundle_sha256 asks for {'f' * 64}" in placed.tell("status")[1]
     assert placed.answers()
 
 
