@@ -202,6 +202,9 @@ def _config(name: str, spec: Tree, environment: Mapping[str, str]) -> ServingCon
         raise ConfigError(f"{name}: serveConfigV2 needs one application with import_path and args") from None
     if import_path != IMPORT_PATH:
         raise ConfigError(f"{name}: serveConfigV2: import_path {import_path!r}: expected {IMPORT_PATH}")
+    if application.get("deployments"):
+        reason = "they would replace our placement and scaling policy as a whole; write args instead"
+        raise ConfigError(f"{name}: serveConfigV2: leave deployments out: {reason}")
     if application.get("route_prefix") is None:
         raise ConfigError(f"{name}: serveConfigV2: route_prefix must be /: without a route no pod gets ready")
     try:

@@ -12,10 +12,12 @@ import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from serving import ray_environment
+from serving import planning, ray_environment
+from serving.capacity import Capacity
 from serving.config import ServingConfig, overrides_from_environment
 from serving.gateway import inference_service, vae_service
 from serving.gateway.server import HEALTH
+from serving.loadtest.workload import parse_mix
 from serving.manifest_check import drain_s
 from serving.standalone import in_process
 from tests.deploy.rendering import (
@@ -205,6 +207,21 @@ def test_the_sums_of_the_readme_are_those_of_the_manifests() -> None:
     graces = {template["spec"]["terminationGracePeriodSeconds"] for template in templates("production").values()}
     assert graces == {120}
     assert "`terminationGracePeriodSeconds: 120`" in text
+
+
+def test_the_readme_shows_what_the_plan_says() -> None:
+    """Gateways, decoders, processors and processor-seconds per million samples, from the recorded costs."""
+    row = re.compile(r"^\| [^|]+ \(`--rps (\d+)`\) \| (\d+) \| (\d+) \| (\d+) \| ([\d,]+) \|$", re.MULTILINE)
+    rows = [
+        [int(cell.replace(",", "")) for cell in found] for found in row.findall((DEPLOY / "README.md").read_text())
+    ]
+    assert len(rows) == 3
+    for calls_per_s, *shown in rows:
+        load = planning.Load(calls_per_s, parse_mix("sample:64=1"), p99_s=0.05)
+        plan = planning.plan(load, Capacity.recorded())
+        numbers = [plan.tiers[tier].num_replicas for tier in ("gateway", "decoder")]
+        per_million = 1e6 * plan.num_cpus / (64 * calls_per_s)
+        assert shown == [*numbers, round(plan.num_cpus), round(per_million)]
 
 
 def _without_counts(tree: Any) -> Any:  # noqa: ANN401 - any part of a configuration

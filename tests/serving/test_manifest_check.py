@@ -189,6 +189,12 @@ MISTAKES: list[tuple[str, Change]] = [
             serveConfigV2=service["spec"]["serveConfigV2"].replace("route_prefix: /", "route_prefix: null")
         ),
     ),
+    (
+        "leave deployments out: they would replace our placement and scaling policy",
+        lambda service, _: service["spec"].update(
+            serveConfigV2=service["spec"]["serveConfigV2"] + "  deployments: [{name: Decoder, num_replicas: 3}]\n"
+        ),
+    ),
     ("needs one application", lambda service, _: service["spec"].pop("serveConfigV2")),
     ("not what KubeRay or Kubernetes would take", lambda _, groups: groups["decoder"].pop("template")),
 ]
