@@ -23,7 +23,8 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from serving import bundle, scaling, tracing
-from serving.config import ServingConfig
+from serving.config import ROLE_LABEL, ServingConfig, overrides_from_environment
+from serving.engine.protocol import GRAPHS
 from serving.errors import ProviderUnavailable, ServiceFailed
 from serving.gateway.server import check_credentials, check_port
 from serving.replicas import Gateway, GraphReplica
@@ -41,8 +42,13 @@ _MAX_ONGOING: Final = 256
 """Far above what gateways have in flight: Serve polls with growing pauses once replicas are full."""
 
 
-def build(config: ServingConfig) -> serve.Application:
-    """Return the Serve application: Gateway -> Encoder and Decoder."""
+def build(config: ServingConfig, *, by_role: bool = False) -> serve.Application:
+    """Return the Serve application: Gateway -> Encoder and Decoder.
+
+    Args:
+        config: The service's configuration.
+        by_role: Whether each deployment runs only on nodes whose label `vae.role` names it, or is `all`.
+    """
     # One listener per node, unless they share the port: its replacement starts when the port is free.
     spread: dict[str, Any] = {} if config.gateway.share_port else {"max_replicas_per_node": 1}
     front = serve.deployment(
@@ -51,11 +57,33 @@ def build(config: ServingConfig) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=1.0,
         health_check_timeout_s=5.0,
-        ray_actor_options={"num_cpus": config.gateway.num_cpus},
+        ray_actor_options={"num_cpus": config.gateway.num_cpus} | _placement("gateway", by_role=by_role),
         **scaling.gateway_options(config.gateway),
         **spread,
     )(Gateway)
-    return front.bind(config.model_dump(), _graph("encoder", config), _graph("decoder", config))
+    graphs = (_graph(graph, config, by_role=by_role) for graph in GRAPHS)
+    return front.bind(config.model_dump(), *graphs)
+
+
+def _placement(role: str, *, by_role: bool) -> dict[str, Any]:
+    return {"label_selector": {ROLE_LABEL: f"in({role},all)"}} if by_role else {}
+
+
+def from_args(args: dict[str, Any]) -> serve.Application:
+    """Return the application of a Serve config file, for its `import_path`; each deployment on nodes of its role.
+
+    Args:
+        args: Our configuration tree. What depends on where it runs comes from variables such as
+            VAE__GATEWAY__HOST, see `config.overrides_from_environment`.
+
+    Raises:
+        ConfigError: If a key is unknown or a value is out of range.
+        StartupError: If the bundle does not verify, or credentials cannot be read. Serve keeps what ran before.
+    """
+    config = ServingConfig.parse(args).override(overrides_from_environment(os.environ))
+    bundle.read(config.bundle, sha256=config.bundle_sha256)
+    check_credentials(config.gateway)
+    return build(_located(config), by_role=True)
 
 
 def _shutdown_s(config: ServingConfig) -> float:
@@ -64,7 +92,7 @@ def _shutdown_s(config: ServingConfig) -> float:
     return gateway.drain_notice_s + gateway.drain_timeout_s + gateway.stop_grace_s + _SHUTDOWN_SLACK_S
 
 
-def _graph(graph: bundle.Graph, config: ServingConfig) -> serve.Application:
+def _graph(graph: bundle.Graph, config: ServingConfig, *, by_role: bool) -> serve.Application:
     replicas = config.encoder if graph == "encoder" else config.decoder
     deployment = serve.deployment(
         name=graph.capitalize(),
@@ -72,7 +100,8 @@ def _graph(graph: bundle.Graph, config: ServingConfig) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=1.0,
         health_check_timeout_s=5.0,
-        ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": config.gpu_share(graph)},
+        ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": config.gpu_share(graph)}
+        | _placement(graph, by_role=by_role),
         **scaling.options(replicas),
     )(GraphReplica)
     return deployment.bind(graph, config.model_dump())
@@ -101,7 +130,7 @@ def on_ray(
         Stopped: If `stop` was set before the service was healthy. Nothing is left running then either.
     """
     # Checked here first: a one-line error instead of a deployment that fails three times.
-    manifest = bundle.read(config.bundle).manifest
+    manifest = bundle.read(config.bundle, sha256=config.bundle_sha256).manifest
     if config.gateway.port == 0:
         raise ServiceFailed(
             reason="gateway.port: 0 lets the system choose, which only the in-process engine can tell"

@@ -29,6 +29,7 @@ from serving.typed_config import Config
 MANIFEST: Final = "manifest.json"
 MODEL_CARD: Final = "MODEL_CARD.md"
 FORMAT_VERSION: Final = 1
+SHA256_DIGITS: Final = 64
 MAX_ROW_ELEMENTS: Final = 2**24
 MAX_MANIFEST_BYTES: Final = 4 * 2**20
 MAX_GRAPH_BYTES: Final = 2**31
@@ -278,19 +279,23 @@ def write(
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def read_manifest(location: str) -> Manifest:
+def read_manifest(location: str, *, sha256: str = "") -> Manifest:
     """Read and validate the manifest of a bundle.
 
     Args:
         location: A folder, or a URL that fsspec knows (file, http, s3, gs, memory).
+        sha256: Digest that the manifest must have; any if empty.
 
     Raises:
-        BundleError: If it is missing or not a manifest.
+        BundleError: If it is missing, not a manifest, or not the one asked for.
     """
     raw = _read(location, MANIFEST, MAX_MANIFEST_BYTES)
     if len(raw) > MAX_MANIFEST_BYTES:
         problem = f"{MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes"
         raise BundleError(location=location, problem=problem, remedy=_EXPORT_AGAIN)
+    if sha256 and (actual := _sha256(raw)) != sha256:
+        problem = f"{MANIFEST} has SHA-256 {actual}, bundle_sha256 asks for {sha256}"
+        raise BundleError(location=location, problem=problem, remedy="bring the bundle that was asked for")
     try:
         return Manifest.parse(json.loads(raw))
     except (ValueError, RecursionError) as error:
@@ -298,16 +303,17 @@ def read_manifest(location: str) -> Manifest:
         raise BundleError(location=location, problem=problem, remedy=_EXPORT_AGAIN) from None
 
 
-def read(location: str) -> Bundle:
+def read(location: str, *, sha256: str = "") -> Bundle:
     """Read a bundle and verify every byte of its graphs.
 
     Args:
         location: A folder, or a URL that fsspec knows (file, http, s3, gs, memory).
+        sha256: Digest that the manifest must have; any if empty.
 
     Raises:
-        BundleError: If a file is missing, or differs from the manifest; names the file.
+        BundleError: If a file is missing, or differs from the manifest or the digest; names the file.
     """
-    manifest = read_manifest(location)
+    manifest = read_manifest(location, sha256=sha256)
     encoder = _read_graph(location, manifest.encoder)
     decoder = _read_graph(location, manifest.decoder)
     if manifest.version != version_of(encoder, decoder):

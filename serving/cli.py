@@ -29,7 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 from serving import config as configuration
-from serving import demo, event_loop, logs, pictures
+from serving import demo, event_loop, logs, manifest_check, pictures
 from serving.client import (
     Bound,
     CallOptions,
@@ -51,6 +51,7 @@ from serving.client import (
 )
 from serving.config import GatewayConfig, ServingConfig, address_of
 from serving.errors import StartupError
+from serving.fetch_command import fetch
 from serving.fleet_command import top
 from serving.gateway.credentials import is_loopback
 from serving.keys_command import keys_app
@@ -223,6 +224,7 @@ app.command()(connected(load))
 app.command()(load_compare)
 app.command()(plan)
 app.command()(top)
+app.command()(fetch)
 
 
 @app.command()
@@ -251,30 +253,42 @@ def check(
     bundle: Annotated[str | None, typer.Option(help="Folder or URL of the bundle.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of the configuration.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Dotted override, key=value.")] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(help="Instead: what `kubectl kustomize` printed; - reads standard input.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Verify a configuration and its bundle: digests, known answers, batch independence. Starts nothing."""
+    """Verify a configuration and its bundle, or Kubernetes manifests: what could not run. Starts nothing."""
+    if manifest is not None:
+        _check_manifest(manifest, as_json=as_json)
+        return
     from serving import bundle as bundles  # noqa: PLC0415 - the client commands need no ONNX Runtime
     from serving.runtime import GraphRuntime  # noqa: PLC0415
 
     settings = _settings(config, overrides, bundle=bundle)
-    verified = bundles.read(settings.bundle)
+    verified = bundles.read(settings.bundle, sha256=settings.bundle_sha256)
     gpu = settings.bucketed_accelerator()
     graphs = [
         GraphRuntime(verified, graph, device=settings.device, threads=1, accelerator=gpu)
         for graph in ("encoder", "decoder")
     ]
-    manifest = verified.manifest
+    model = verified.manifest
     facts = {
-        "name": manifest.name,
-        "version": manifest.version,
-        "data_shape": list(manifest.data_shape),
-        "latent_dim": manifest.latent_dim,
-        "dataset": manifest.dataset.name,
+        "name": model.name,
+        "version": model.version,
+        "data_shape": list(model.data_shape),
+        "latent_dim": model.latent_dim,
+        "dataset": model.dataset.name,
         "providers": [graph.report.provider for graph in graphs],
         "is_batch_independent": all(graph.is_batch_independent() for graph in graphs),
     }
     _print(facts, as_json=as_json, title="bundle verified")
+
+
+def _check_manifest(path: Path, *, as_json: bool) -> None:
+    for service in manifest_check.check(sys.stdin.read() if str(path) == "-" else path.read_text()):
+        facts = {"name": service.name, **service.groups, "drain_s": service.drain_s}
+        _print(facts, as_json=as_json, title="manifests agree")
 
 
 @app.command()

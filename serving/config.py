@@ -1,6 +1,7 @@
 """Every number of the service, with its unit, range and reason, in one typed tree."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,6 +18,12 @@ NUM_METRICS_PORTS = 32
 """Ports that are tried for the metrics of a replica, from the first on."""
 
 AccessLogMode = Literal["all", "errors", "none"]
+
+ROLE_LABEL = "vae.role"
+"""Label of a Ray node that says what runs there: gateway, encoder, decoder, or all."""
+
+ENVIRONMENT = "VAE__"
+"""How variables begin that override a Serve config file; two underscores stand for a dot."""
 
 MAX_BATCH_ROWS = 65_536
 """Most rows in one run of a graph that can be configured."""
@@ -347,6 +354,10 @@ class GatewayConfig(Config):
     drain_quiet_s: float = Field(default=0.2, gt=0)
     """A drain ends when, after the notice, nothing was in flight and nothing arrived for this long, seconds."""
 
+    drain_file: str = ""
+    """File that begins a drain when somebody makes it, and that is removed when the drain has ended; none by
+    default. On Kubernetes: how a hook of the pod drains the gateway while everything else still runs."""
+
     drain_timeout_s: float = Field(default=15.0, gt=0)
     """Longest wait for that, seconds, the notice not counted."""
 
@@ -477,6 +488,10 @@ class ServingConfig(Config):
     bundle: str = ""
     """Folder or URL of the bundle. Must be given, here or on the command line."""
 
+    bundle_sha256: str = Field(default="", pattern="^([0-9a-f]{64})?$")
+    """SHA-256 of the bundle's manifest.json, which holds those of its graphs: what every process then insists on.
+    Empty: whatever lies there."""
+
     engine: Literal["ray", "in-process"] = "ray"
     """Who runs the graphs: Ray Serve deployments, or ONNX Runtime in the gateway's process."""
 
@@ -534,6 +549,17 @@ def load(path: Path | None, **values: object) -> ServingConfig:
             raise ConfigError(f"configuration file {path}: expected keys and values")
     tree |= {key: value for key, value in values.items() if value is not None}
     return ServingConfig.parse(tree)
+
+
+def overrides_from_environment(environ: Mapping[str, str]) -> list[str]:
+    """Return the overrides that variables of a container state, by name.
+
+    Example:
+        >>> overrides_from_environment({"VAE__GATEWAY__HOST": "0.0.0.0", "VAE__DEVICE": "cuda", "HOME": "/tmp"})
+        ['device=cuda', 'gateway.host=0.0.0.0']
+    """
+    names = sorted(name for name in environ if name.startswith(ENVIRONMENT))
+    return [f"{name.removeprefix(ENVIRONMENT).lower().replace('__', '.')}={environ[name]}" for name in names]
 
 
 def bucket_ladder(max_rows: int) -> tuple[int, ...]:

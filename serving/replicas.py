@@ -58,7 +58,7 @@ class GraphReplica:
         own = settings.encoder if graph == "encoder" else settings.decoder
         self._name = graph
         self._graph = GraphRuntime(
-            bundle.read(settings.bundle),
+            bundle.read(settings.bundle, sha256=settings.bundle_sha256),
             graph,
             device=settings.device,
             threads=session_threads(own.num_cpus),
@@ -172,7 +172,7 @@ class Gateway:
     ) -> None:
         logs.configure()
         settings = ServingConfig.parse(config)
-        manifest = bundle.read_manifest(settings.bundle)
+        manifest = bundle.read_manifest(settings.bundle, sha256=settings.bundle_sha256)
         engine = RayEngine(encoder, decoder, manifest, settings)
         self._server = GatewayServer(engine, manifest, settings)
         operations = self._server.operations

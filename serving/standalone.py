@@ -18,7 +18,7 @@ async def in_process(config: ServingConfig) -> AsyncIterator[GatewayServer]:
         StartupError: If the bundle does not verify, the device cannot be used, the port is taken, or the graphs
             do not answer in time.
     """
-    verified = bundle.read(config.bundle)
+    verified = bundle.read(config.bundle, sha256=config.bundle_sha256)
     server = GatewayServer(InProcessEngine(verified, config), verified.manifest, config)
     try:
         await server.start()

@@ -6,6 +6,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 HEALTH: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _MESSAGE_OVERHEAD: Final = 64 * 1024
 _POLL_S: Final = 0.02
+_DRAIN_FILE_POLL_S: Final = 0.2
 
 
 class GatewayServer:
@@ -92,6 +94,7 @@ class GatewayServer:
         )
         self._server = grpc.aio.server(options=_options(config))
         self._drain_task: asyncio.Task[None] | None = None
+        self._drain_request: asyncio.Task[None] | None = None
         self.port = 0
         self.exporter: Exporter | None = None
         self._access_log = AccessLog(gateway.access_log)
@@ -147,6 +150,8 @@ class GatewayServer:
             self.exporter.start(gateway.host, gateway.metrics_port, num_ports=1)
         logger.info("gateway listens", extra={"host": gateway.host, "port": self.port})
         await self.health.start()
+        if gateway.drain_file:
+            self._drain_request = asyncio.get_running_loop().create_task(self._await_drain_file())
 
     async def drain(self) -> None:
         """Say NOT_SERVING, keep serving until quiet, then stop. Whoever calls again waits for the same drain.
@@ -156,6 +161,19 @@ class GatewayServer:
         if self._drain_task is None:
             self._drain_task = asyncio.get_running_loop().create_task(self._drain())
         await asyncio.shield(self._drain_task)
+
+    async def _await_drain_file(self) -> None:
+        """Drain when the file appears. One that an earlier gateway has left behind asks for nothing."""
+        self._remove_drain_file()
+        while not self._is_drain_asked():  # noqa: ASYNC110 - the file comes from another process
+            await asyncio.sleep(_DRAIN_FILE_POLL_S)
+        await self.drain()
+
+    def _is_drain_asked(self) -> bool:
+        return Path(self._config.gateway.drain_file).exists()
+
+    def _remove_drain_file(self) -> None:
+        Path(self._config.gateway.drain_file).unlink(missing_ok=True)
 
     async def _drain(self) -> None:
         gateway = self._config.gateway
@@ -176,6 +194,9 @@ class GatewayServer:
             await asyncio.to_thread(self._tracer.close)
         if self.exporter is not None:
             self.exporter.close()
+        if self._drain_request is not None:
+            self._drain_request.cancel()
+            self._remove_drain_file()
         logger.info("gateway stopped", extra={"drain_seconds": round(time.monotonic() - began, 3)})
 
     def _handler(self, path: str, method: Method) -> "grpc.RpcMethodHandler[bytes, bytes]":

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import http.server
 import json
 import shutil
@@ -338,3 +339,11 @@ def test_a_file_is_not_replaced_by_a_bundle(tmp_path: Path, small: Bundle) -> No
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(BundleError, match="name another folder"):
         _write(tmp_path / "notes.txt", small, {})
+
+
+def test_only_the_bundle_that_was_asked_for_is_read(bundle_dir: Path, small: Bundle) -> None:
+    """The digest of the manifest stands for all of it, because that holds the digests of the graphs."""
+    digest = hashlib.sha256((bundle_dir / bundle.MANIFEST).read_bytes()).hexdigest()
+    assert bundle.read(str(bundle_dir), sha256=digest) == small
+    with pytest.raises(BundleError, match=r"bundle_sha256 asks for ffff.*bring the bundle that was asked for"):
+        bundle.read(str(bundle_dir), sha256="f" * 64)

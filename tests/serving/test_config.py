@@ -9,7 +9,14 @@ import yaml
 from pydantic import BaseModel
 
 from serving import config as configuration
-from serving.config import AcceleratorConfig, ServingConfig, bucket_ladder, load, session_threads
+from serving.config import (
+    AcceleratorConfig,
+    ServingConfig,
+    bucket_ladder,
+    load,
+    overrides_from_environment,
+    session_threads,
+)
 from serving.typed_config import ConfigError
 
 
@@ -260,3 +267,16 @@ def test_what_a_gpu_cannot_do_is_refused(values: dict[str, object], message: str
     """At once, on any machine, not at the first start on a GPU."""
     with pytest.raises(ConfigError, match=message):
         ServingConfig.parse({"accelerator": values})
+
+
+def test_variables_of_a_container_are_overrides() -> None:
+    """Two underscores are a dot; what does not begin with VAE__ is not ours."""
+    environment = {"VAE__GATEWAY__HOST": "127.0.0.2", "VAE__DEVICE": "cuda", "VAE_BUNDLE": "x", "HOME": "/"}
+    changed = ServingConfig().override(overrides_from_environment(environment))
+    assert (changed.gateway.host, changed.device, changed.bundle) == ("127.0.0.2", "cuda", "")
+
+
+def test_a_misspelt_variable_is_refused() -> None:
+    """It would do nothing, without a word."""
+    with pytest.raises(ConfigError, match=r"gateway\.hots"):
+        ServingConfig().override(overrides_from_environment({"VAE__GATEWAY__HOTS": "x"}))

@@ -250,3 +250,19 @@ async def test_an_ipv6_host_is_listened_on_with_and_without_brackets(bundle_dir:
         AsyncVaeClient(f"[::1]:{server.port}") as client,
     ):
         assert (await client.sample(2, seed=1)).samples.shape == (2, 1, 4, 4)
+
+
+async def test_a_file_begins_the_drain(bundle_dir: Path, tmp_path: Path) -> None:
+    """The gateway serves its notice, stops, and removes the file. One from before asks for nothing."""
+    file = tmp_path / "drain"
+    file.touch()
+    config = settings(bundle_dir, f"gateway.drain_file={file}", "gateway.drain_notice_s=0.3")
+    async with in_process(config) as server:
+        await eventually(lambda: not file.exists())
+        assert not server.is_draining
+        file.touch()
+        await eventually(lambda: server.is_draining)
+        async with wire(server.port) as channel:
+            await call(channel, "GetModel", pb.GetModelRequest())
+        await eventually(lambda: not file.exists())
+        assert not _listens(server.port)
