@@ -10,6 +10,7 @@ any restart. The pointer is for whoever writes the deployment. Nothing that serv
 at different moments would serve two models.
 """
 
+import hashlib
 import os
 import secrets
 import shutil
@@ -35,6 +36,9 @@ class Published(NamedTuple):
     """Folder or URL, for `vae-serve up --bundle`."""
 
     manifest: Manifest
+    bundle_sha256: str
+    """SHA-256 of the manifest's file."""
+
     is_new: bool
     """Whether it was written now; false if it was there."""
 
@@ -51,11 +55,8 @@ class Pointer(Config):
     path: str
     """Folder of the bundle below the store, which need not be mounted at one place everywhere."""
 
-    encoder_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Digest of the encoder's graph."""
-
-    decoder_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Digest of the decoder's graph."""
+    bundle_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 of its manifest, which holds those of its graphs: what a deployment insists on."""
 
     previous: str | None = None
     """Version that the pointer named before: the way back."""
@@ -81,8 +82,8 @@ def publish(directory: Path, store: str) -> Published:
             _copy(directory, files, path)
     except OSError as error:
         raise _unwritable(location, error) from None
-    bundle.read(location)
-    return Published(location, manifest, is_new)
+    stored = bundle.read(location).manifest
+    return Published(location, stored, _digest(files, path), is_new)
 
 
 def promote(location: str) -> Pointer:
@@ -109,14 +110,18 @@ def promote(location: str) -> Pointer:
             name=manifest.name,
             version=manifest.version,
             path=own_path,
-            encoder_sha256=manifest.encoder.sha256,
-            decoder_sha256=manifest.decoder.sha256,
+            bundle_sha256=_digest(files, path),
             previous=_previous(before, manifest.version),
         )
         _replace(files, file, (pointer.model_dump_json(indent=2) + "\n").encode())
     except (OSError, ValueError) as error:
         raise _unwritable(location.removesuffix(manifest.version) + POINTER, error) from None
     return pointer
+
+
+def _digest(files: Any, path: str) -> str:  # noqa: ANN401 - fsspec has no types
+    """Return the SHA-256 of a stored manifest's bytes."""
+    return hashlib.sha256(files.cat_file(f"{path}/{bundle.MANIFEST}")).hexdigest()
 
 
 def _previous(before: Pointer | None, version: str) -> str | None:

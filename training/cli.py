@@ -285,14 +285,16 @@ def publish_command(
 ) -> None:
     """Copy a bundle to STORE/NAME/VERSION; a version that is there is verified and left as it is."""
     published = bundle_store.publish(bundle, store)
-    if not as_json:
-        console.show_text(f"{published.location}: {'published' if published.is_new else 'was there, verified'}")
+    console.say(f"{published.location}: {'published' if published.is_new else 'was there, and is whole'}")
     if is_promoted:
         _promote(published.location, as_json=as_json)
-    elif as_json:
-        manifest = published.manifest
+        return
+    manifest, digest = published.manifest, published.bundle_sha256
+    if as_json:
         facts = {"name": manifest.name, "version": manifest.version, "is_new": published.is_new}
-        console.show_json({"bundle": published.location, **facts})
+        console.show_json({"bundle": published.location, "bundle_sha256": digest, **facts})
+        return
+    console.show_text(f"bundle: {published.location}\nbundle_sha256: {digest}")
 
 
 @app.command("promote")
@@ -498,12 +500,14 @@ def bench_command(
 
 
 def _promote(location: str, *, as_json: bool) -> None:
+    """Print what a deployment says of a bundle, in the words of its configuration."""
     pointer = bundle_store.promote(location)
     if as_json:
         console.show_json({"bundle": location, **pointer.model_dump()})
         return
     before = f", before it {pointer.previous}" if pointer.previous else ""
-    console.show_text(f"{pointer.name}: current is {pointer.version}{before}; serve it with --bundle {location}")
+    console.say(f"{pointer.name}: current is {pointer.version}{before}")
+    console.show_text(f"bundle: {location}\nbundle_sha256: {pointer.bundle_sha256}")
 
 
 def _data_config(name: str, image_size: int | None) -> DataConfig:

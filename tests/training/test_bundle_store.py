@@ -1,5 +1,6 @@
 """Published bundles are written once, and the pointer is always whole: on a file system and on an object store."""
 
+import hashlib
 import json
 import shutil
 import threading
@@ -117,8 +118,8 @@ def test_the_pointer_names_what_was_promoted_and_the_way_back(first: Path, secon
     assert bundle_store.promote(new.location).previous == old.manifest.version  # repeated: the way back stays
     pointer = _pointer(store)
     assert (pointer.version, pointer.path) == (new.manifest.version, f"small/{new.manifest.version}")
-    assert pointer.encoder_sha256 == new.manifest.encoder.sha256
-    assert pointer.decoder_sha256 == new.manifest.decoder.sha256
+    manifest = _files(store)[f"/{pointer.path}/{bundle.MANIFEST}"]
+    assert pointer.bundle_sha256 == new.bundle_sha256 == hashlib.sha256(manifest).hexdigest()
     assert bundle_store.promote(f"{store}/small/{pointer.previous}").version == old.manifest.version
     assert _pointer(store).previous == new.manifest.version
 
@@ -174,12 +175,18 @@ def test_commands_publish_promote_and_print_what_a_deployment_needs(first: Path,
     """Location, version and digests, for a person and as JSON."""
     store, manifest = str(tmp_path / "store"), bundle.read_manifest(str(first))
     location = f"{store}/small/{manifest.version}"
+    digest = hashlib.sha256((first / bundle.MANIFEST).read_bytes()).hexdigest()
     run = CliRunner().invoke
-    assert run(app, ["publish", str(first), store]).stdout == f"{location}: published\n"
-    facts = json.loads(run(app, ["publish", str(first), store, "--json"]).stdout)
-    assert facts == {"bundle": location, "name": "small", "version": manifest.version, "is_new": False}
-    expected = f"small: current is {manifest.version}; serve it with --bundle {location}\n"
+    expected = f"bundle: {location}\nbundle_sha256: {digest}\n"
+    assert run(app, ["publish", str(first), store]).stdout == expected
     assert run(app, ["promote", location]).stdout == expected
+    facts = json.loads(run(app, ["publish", str(first), store, "--json"]).stdout)
+    assert facts == {
+        "bundle": location,
+        "bundle_sha256": digest,
+        "name": "small",
+        "version": manifest.version,
+        "is_new": False,
+    }
     facts = json.loads(run(app, ["publish", str(first), store, "--promote", "--json"]).stdout)
-    assert facts["bundle"] == location
-    assert facts["encoder_sha256"] == manifest.encoder.sha256
+    assert (facts["bundle"], facts["bundle_sha256"], facts["previous"]) == (location, digest, None)
