@@ -1,0 +1,1 @@
+"""The manifests, as far as they can be proved without a cluster."""
