@@ -115,14 +115,19 @@ class Workshop:
 
     @contextlib.contextmanager
     def container(
-        self, image: str, *command: str, mounts: Sequence[Mounted] = (), network: str = "host"
+        self,
+        image: str,
+        *command: str,
+        mounts: Sequence[Mounted] = (),
+        network: str = "host",
+        options: Sequence[str] = (),
     ) -> Iterator["Container"]:
         """Start a hardened container; remove it at the end."""
         name = f"vae-{os.getpid()}-{time.monotonic_ns()}"
         limits = ["--ulimit=nofile=65536:65536", "--ulimit=nproc=8192:8192", "--cgroups=disabled"]
         volumes = [f"--volume={mount.source}:{mount.target}:{mount.mode}" for mount in mounts]
-        options = [f"--name={name}", "--pull=never", f"--network={network}", *limits, *HARDENED, *volumes]
-        self.podman("run", "--detach", *options, image, *command)
+        where = [f"--name={name}", "--pull=never", f"--network={network}"]
+        self.podman("run", "--detach", *where, *limits, *HARDENED, *volumes, *options, image, *command)
         try:
             yield Container(self, name)
         finally:

@@ -120,6 +120,18 @@ def test_objects_of_kubernetes_are_valid(folder: str, version: str) -> None:
             validator.validate(document, version, strict=True)
 
 
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_the_pod_that_reads_reports_is_valid_and_as_restricted_as_the_load_test(version: str) -> None:
+    """It is applied by hand and stands in no kustomization."""
+    validator = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    pod = yaml.safe_load((JOBS / "load/reader.yaml").read_text())
+    validator.validate(pod, version, strict=True)
+    (template,) = templates("load").values()
+    assert pod["metadata"]["namespace"] == only("load", "Job")["metadata"]["namespace"]
+    assert pod["spec"]["securityContext"] == template["spec"]["securityContext"]
+    assert pod["spec"]["containers"][0]["securityContext"] == template["spec"]["containers"][0]["securityContext"]
+
+
 def test_an_unknown_field_is_refused() -> None:
     """The check above can fail."""
     validator = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
