@@ -24,6 +24,8 @@ BASE_PACKAGES: Final = "python3,python3-venv,ca-certificates"
 """What the base must bring: the same as the image python:3.11-slim-bookworm."""
 
 BUILD_TIMEOUT_S: Final = 1800
+_KEPT: Final = frozenset({"index-url", "find-links", "trusted-host"})
+"""Settings of pip that say where packages are."""
 
 HARDENED: Final = (
     *("--read-only", "--read-only-tmpfs=false", "--cap-drop=all", "--security-opt=no-new-privileges"),
@@ -197,9 +199,7 @@ def _pip_configuration(folder: Path) -> tuple[list[Path], list[Path]]:
     """Write how pip reaches its index here, as secrets of a build; return them and the folders that it names."""
     lines = run([sys.executable, "-m", "pip", "config", "list"], timeout_s=60).splitlines()
     known = {key.split(".")[-1]: value.strip("'") for key, _, value in (line.partition("=") for line in lines)}
-    kept = {
-        key: known[key] for key in ("index-url", "extra-index-url", "find-links", "trusted-host") if key in known
-    }
+    kept = {key: value for key, value in known.items() if key in _KEPT}
     secrets = [folder / "pip.conf"]
     if certificates := known.get("cert"):
         kept["cert"] = "/run/secrets/ca.crt"
