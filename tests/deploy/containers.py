@@ -7,6 +7,7 @@ a mix that podman refuses, it gets a mount namespace without the second version.
 
 import contextlib
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
-from urllib.parse import urlparse
 
 ROOT: Final = Path(__file__).parents[2]
 IMAGE: Final = ROOT / "deploy" / "image"
@@ -24,8 +24,11 @@ BASE_PACKAGES: Final = "python3,python3-venv,ca-certificates"
 """What the base must bring: the same as the image python:3.11-slim-bookworm."""
 
 BUILD_TIMEOUT_S: Final = 1800
-_KEPT: Final = frozenset({"index-url", "find-links", "trusted-host"})
-"""Settings of pip that say where packages are."""
+_KEPT: Final = frozenset({"index-url", "trusted-host"})
+"""Settings of pip that a build has as they are."""
+
+_MOST: Final = {"nofile": 65_536, "nproc": 8192}
+"""Limits of a container's processes, where this machine allows them."""
 
 HARDENED: Final = (
     *("--read-only", "--read-only-tmpfs=false", "--cap-drop=all", "--security-opt=no-new-privileges"),
@@ -99,7 +102,7 @@ class Workshop:
         configuration, folders = _pip_configuration(self.folder)
         name = f"localhost/vae-{target}"
         secrets = [f"--secret=id={file.name},src={file}" for file in configuration]
-        volumes = [f"--volume={folder}:{folder}:ro" for folder in folders]
+        volumes = [f"--volume={folder}:{place}:ro" for folder, place in folders.items()]
         options = [
             f"--target={target}",
             f"--build-arg=BASE={base}",
@@ -126,7 +129,8 @@ class Workshop:
     ) -> Iterator["Container"]:
         """Start a hardened container; remove it at the end."""
         name = f"vae-{os.getpid()}-{time.monotonic_ns()}"
-        limits = ["--ulimit=nofile=65536:65536", "--ulimit=nproc=8192:8192", "--cgroups=disabled"]
+        # Podman would raise limits, which not everybody may; and it has systemd call health checks.
+        limits = [*map(_allowed, ("nofile", "nproc")), "--cgroups=disabled", "--no-healthcheck"]
         volumes = [f"--volume={mount.source}:{mount.target}:{mount.mode}" for mount in mounts]
         where = [f"--name={name}", "--pull=never", f"--network={network}"]
         self.podman("run", "--detach", *where, *limits, *HARDENED, *volumes, *options, image, *command)
@@ -195,17 +199,25 @@ def run(command: Sequence[str], *, timeout_s: float) -> str:
     return done.stdout
 
 
-def _pip_configuration(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Write how pip reaches its index here, as secrets of a build; return them and the folders that it names."""
+def _allowed(limit: str) -> str:
+    _, hard = resource.getrlimit(getattr(resource, f"RLIMIT_{limit.upper()}"))
+    most = _MOST[limit] if hard == resource.RLIM_INFINITY else min(hard, _MOST[limit])
+    return f"--ulimit={limit}={most}:{most}"
+
+
+def _pip_configuration(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Write how pip reaches its index here, as secrets of a build; return them, and folders with their places."""
     lines = run([sys.executable, "-m", "pip", "config", "list"], timeout_s=60).splitlines()
     known = {key.split(".")[-1]: value.strip("'") for key, _, value in (line.partition("=") for line in lines)}
+    # Folders that every Debian has: a place that a mount makes would stay in the image.
+    places = dict(zip(map(Path, known.get("find-links", "").split()), ("/mnt", "/srv", "/media"), strict=False))
     kept = {key: value for key, value in known.items() if key in _KEPT}
     secrets = [folder / "pip.conf"]
+    if places:
+        kept["find-links"] = " ".join(places.values())
     if certificates := known.get("cert"):
         kept["cert"] = "/run/secrets/ca.crt"
         secrets.append(folder / "ca.crt")
         shutil.copy(certificates, secrets[-1])
     secrets[0].write_text("[global]\n" + "".join(f"{key} = {value}\n" for key, value in kept.items()))
-    places = [urlparse(word).path for key in kept for word in kept[key].split() if key != "cert"]
-    folders = {Path(place) for place in places if Path(place).is_dir()}
-    return secrets, sorted(folders)
+    return secrets, places
