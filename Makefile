@@ -16,7 +16,7 @@ DEMO := demo
 BASE ?= main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clients training-peers serving-peers fmt check test demo serve bench bench-peers bench-against perf-analyzer protos clean
+.PHONY: help setup clients training-peers serving-peers fmt check test demo serve bench bench-peers bench-against perf-analyzer image-locks image-test protos clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -98,6 +98,12 @@ bench-against: $(STAMP) ## what the change since BASE costs, alternating with it
 
 perf-analyzer: $(STAMP) ## sweep concurrency with NVIDIA's perf_analyzer and record it (Linux x86-64)
 	$(BIN)/python -m tests.benchmarks.perf_analyzer
+
+image-locks: ## lock the packages of the images again, after a change of dependencies
+	deploy/image/lock
+
+image-test: $(STAMP) ## build the images without a registry, start them, call the service (root, ten minutes)
+	VAE_IMAGE_TEST=1 $(BIN)/python -m pytest tests/deploy/test_image_run.py
 
 protos: $(STAMP) ## generate the stubs from the wire contract
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. $(PROTOS)

@@ -1,4 +1,4 @@
-"""`vae-train`: fit, evaluate, export, sample, data, study, bench.
+"""`vae-train`: fit, evaluate, export, publish, promote, sample, data, study, bench.
 
 Results go to standard output, progress to standard error.
 """
@@ -18,6 +18,7 @@ import torch
 import typer
 
 from training import (
+    bundle_store,
     checkpoint,
     console,
     distributed,
@@ -274,6 +275,38 @@ def export_command(
     console.show_text(f"{bundle}: {manifest.name} version {manifest.version}, parity within {largest:.1e}")
 
 
+@app.command("publish")
+def publish_command(
+    bundle: Annotated[Path, typer.Argument(help="Folder that `vae-train export` wrote.", show_default=False)],
+    store: Annotated[str, typer.Argument(help="Folder or URL of a store of bundles.", show_default=False)],
+    *,
+    is_promoted: Annotated[bool, typer.Option("--promote", help="Then promote it.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a bundle to STORE/NAME/VERSION; a version that is there is verified and left as it is."""
+    published = bundle_store.publish(bundle, store)
+    console.say(f"{published.location}: {'published' if published.is_new else 'was there, and is whole'}")
+    if is_promoted:
+        _promote(published.location, as_json=as_json)
+        return
+    manifest, digest = published.manifest, published.bundle_sha256
+    if as_json:
+        facts = {"name": manifest.name, "version": manifest.version, "is_new": published.is_new}
+        console.show_json({"bundle": published.location, "bundle_sha256": digest, **facts})
+        return
+    console.show_text(f"bundle: {published.location}\nbundle_sha256: {digest}")
+
+
+@app.command("promote")
+def promote_command(
+    location: Annotated[str, typer.Argument(help="STORE/NAME/VERSION of a published bundle.", show_default=False)],
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Make STORE/NAME/current.json name this version, in one step; also the way back to an older one."""
+    _promote(location, as_json=as_json)
+
+
 @app.command("sample")
 def sample_command(
     run: RunArgument,
@@ -464,6 +497,17 @@ def bench_command(
     console.show_table("evaluation", tables.EVALUATION_COLUMNS, tables.evaluation_rows(report))
     for line in tables.verdicts(report):
         console.show_text(line)
+
+
+def _promote(location: str, *, as_json: bool) -> None:
+    """Print what a deployment says of a bundle, in the words of its configuration."""
+    pointer = bundle_store.promote(location)
+    if as_json:
+        console.show_json({"bundle": location, **pointer.model_dump()})
+        return
+    before = f", before it {pointer.previous}" if pointer.previous else ""
+    console.say(f"{pointer.name}: current is {pointer.version}{before}")
+    console.show_text(f"bundle: {location}\nbundle_sha256: {pointer.bundle_sha256}")
 
 
 def _data_config(name: str, image_size: int | None) -> DataConfig:
