@@ -76,6 +76,7 @@ ROWS_DROPPED: Final = LoopCounter(
     ["graph", "reason"],
 )
 REPLICAS: Final = Gauge("vae_replicas", "Replicas that answered the last check.", ["graph"])
+REPLICAS_MIN: Final = Gauge("vae_replicas_min", "Fewest replicas that the configuration asks for.", ["graph"])
 READY: Final = Gauge("vae_ready", "1 if both graphs answer as they should, else 0.")
 MODEL: Final = Info("vae_model", "The model that the gateway answers for.")
 
@@ -171,6 +172,20 @@ def call(method: str) -> CallMetrics:
     return CallMetrics(method)
 
 
+_FIRST_CODES: Final = ("OK", "DEADLINE_EXCEEDED", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
+_DROP_REASONS: Final = ("expired", "abandoned", "failed")
+
+
+def expect(method: str) -> None:
+    """Let the counters of a method exist from the start, for the codes that rules watch.
+
+    A counter that appears with its first call has no increase that `rate` could see: a method that failed once
+    in its life would look as if it never had.
+    """
+    for code in _FIRST_CODES:
+        CALLS.labels(method, code)
+
+
 class BatchMetrics:
     """What is counted of each run of one graph, found once."""
 
@@ -179,6 +194,8 @@ class BatchMetrics:
     def __init__(self, graph: str) -> None:
         self.rows, self.fill = BATCH_ROWS.labels(graph), BATCH_FILL.labels(graph)
         self.wait, self.run = BATCH_WAIT.labels(graph), BATCH_RUN.labels(graph)
+        for reason in _DROP_REASONS:
+            ROWS_DROPPED.labels(graph, reason)  # exists from the start, as for calls
 
 
 @functools.cache
