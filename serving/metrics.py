@@ -11,7 +11,7 @@ import platform
 from importlib import metadata
 from typing import Final, Protocol
 
-from prometheus_client import Counter, Gauge, Histogram, Info
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Info
 
 from serving.loop_metrics import LoopCounter, LoopHistogram
 
@@ -47,8 +47,8 @@ CALL_ERRORS: Final = LoopCounter(
     "Calls that ended with an error of ours, by reason and by who must act: client, load or service.",
     ["method", "reason", "blame"],
 )
-CALLS_IN_FLIGHT: Final = Gauge("vae_calls_in_flight", "Calls that have begun and not ended.")
-CALLS_LIMIT: Final = Gauge("vae_calls_limit", "Calls in flight above which calls are shed.")
+CALLS_IN_FLIGHT: Final = Gauge("vae_calls_in_flight", "Calls that have begun and not ended.", registry=None)
+CALLS_LIMIT: Final = Gauge("vae_calls_limit", "Calls in flight above which calls are shed.", registry=None)
 
 # Of a gateway: rows and runs.
 QUEUE_ROWS: Final = Gauge("vae_queue_rows", "Rows that wait or run.", ["graph"])
@@ -77,8 +77,8 @@ ROWS_DROPPED: Final = LoopCounter(
 )
 REPLICAS: Final = Gauge("vae_replicas", "Replicas that answered the last check.", ["graph"])
 REPLICAS_MIN: Final = Gauge("vae_replicas_min", "Fewest replicas that the configuration asks for.", ["graph"])
-READY: Final = Gauge("vae_ready", "1 if both graphs answer as they should, else 0.")
-MODEL: Final = Info("vae_model", "The model that the gateway answers for.")
+READY: Final = Gauge("vae_ready", "1 if both graphs answer as they should, else 0.", registry=None)
+MODEL: Final = Info("vae_model", "The model that the gateway answers for.", registry=None)
 
 # Of whoever runs a graph: a replica, or the only process of the in-process engine. Its runs are in threads.
 REPLICA_RUN: Final = Histogram(
@@ -101,6 +101,13 @@ REPLICA_DEVICE_BYTES: Final = Gauge(
 
 # Of every process.
 BUILD: Final = Info("vae_build", "Versions of what runs.")
+
+
+@functools.cache
+def register_gateway() -> None:
+    """Export what a gateway alone has. What has no labels exists at once: a replica would say that it is not ready."""
+    for metric in (CALLS_IN_FLIGHT, CALLS_LIMIT, READY, MODEL):
+        REGISTRY.register(metric)
 
 
 def describe_build() -> None:

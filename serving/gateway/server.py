@@ -199,6 +199,7 @@ class GatewayServer:
 
     def _observe_gateway(self, config: ServingConfig) -> None:
         """Let the gauges read the facts at scrape time, so that nothing is counted twice."""
+        metrics.register_gateway()
         metrics.CALLS_IN_FLIGHT.set_function(lambda: self._traffic.num_in_flight)
         metrics.CALLS_LIMIT.set(config.gateway.admission.max_calls)
         metrics.READY.set_function(lambda: self.health.is_ready and not self.is_draining)

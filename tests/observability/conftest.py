@@ -32,7 +32,7 @@ def watched(bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     options = ("--engine", "in-process", "--config", str(write_config(folder)), "--metrics-port", str(port))
     with running(bundle_dir, *options) as service, prometheus(folder, port) as watcher:
         watcher.wait_for_scrapes()  # once before the load: from here on a rate sees all of it
-        driven = drive(service.target)
+        driven = drive(service.target, pause=watcher.wait_for_scrapes)
         time.sleep(SETTLE_S)
         watcher.wait_for_scrapes()
         yield Watched(service, watcher, driven)

@@ -46,7 +46,7 @@ def test_bytes_are_those_of_the_messages(watched: Watched) -> None:
     ledger = watched.driven.ledger
     counted = watched.prometheus.values("sum by (method) (vae_request_bytes_sum) > 0", "method")
     assert counted == {method: size for method, size in ledger.request_bytes.items() if size}
-    counted = watched.prometheus.values("sum by (method) (vae_response_bytes_sum)", "method")
+    counted = watched.prometheus.values("sum by (method) (vae_response_bytes_sum) > 0", "method")
     assert counted == ledger.response_bytes
 
 

@@ -130,7 +130,7 @@ def test_counts_are_exact_through_a_restart_and_a_growth(scaled: Scaled) -> None
     expected = {("encoder",): num_encoded, ("decoder",): num_decoded}
     assert watcher.values("sum by (graph) (vae_batch_rows_sum)", "graph") == expected
     assert watcher.values(EVER, "graph") == expected
-    responses = watcher.values("sum by (method) (vae_response_bytes_sum)", "method")
+    responses = watcher.values("sum by (method) (vae_response_bytes_sum) > 0", "method")
     assert responses == scaled.ledger.response_bytes
 
 
@@ -147,6 +147,19 @@ def test_one_version_is_served(scaled: Scaled) -> None:
     """Gateway and replicas name the same; the alert on skew has nothing to say."""
     versions = scaled.prometheus.values("count by (version) (vae_replica_model or vae_model_info)", "version")
     assert len(versions) == 1
+
+
+def test_only_gateways_say_whether_they_are_ready(scaled: Scaled) -> None:
+    """A replica has none of a gateway's numbers: not even a zero, which would read as not ready."""
+    assert scaled.prometheus.values("vae_ready", "role") == {("gateway",): 1}
+    assert scaled.prometheus.values("count by (role) (vae_calls_total)", "role").keys() == {("gateway",)}
+    assert scaled.prometheus.values("vae_model_info", "role") == {("gateway",): 1}
+
+
+def test_no_alert_on_health_is_even_pending(scaled: Scaled) -> None:
+    """A replica that died has been replaced, and nothing is left of it."""
+    watched = "VaeNotReady|VaeVersionSkew|VaeReplicasMissing|VaeGone|VaeBatcherStalled"
+    assert scaled.prometheus.series(f'ALERTS{{alertname=~"{watched}"}}') == []
 
 
 def test_every_line_of_both_dashboards_has_data(scaled: Scaled) -> None:
