@@ -83,7 +83,7 @@ def _panel(panel: Panel, number: int, num_beside: int) -> stat.Panel | timeserie
         built = stat.Panel().graph_mode(BigValueGraphMode.AREA).reduce_options(last)
         built.height(4).span(_WIDTH // num_beside)
     else:
-        built = _curves(panel).height(8).span(_WIDTH // 4 if num_beside == 4 else _WIDTH // 3)  # noqa: PLR2004 - four or three in a line
+        built = _curves(panel).height(8).span(_WIDTH // 4 if num_beside % 4 == 0 else _WIDTH // 3)
     built.id(number).title(panel.title).description(panel.help).unit(panel.unit).datasource(_SOURCE)
     for name, query in zip(string.ascii_uppercase, panel.queries, strict=False):
         target = prometheus.Dataquery().ref_id(name).expr(query.expr).legend_format(query.legend or "__auto")

@@ -142,12 +142,9 @@ TRAFFIC: Final = Section(
         ),
         Panel(
             "Calls in flight",
-            "Against the limit of each gateway above which calls are shed.",
+            "Begun and not ended, in each gateway.",
             "short",
-            (
-                Query(f"sum by (instance) (vae_calls_in_flight{{{JOB}}})", "{{instance}}"),
-                Query(f"max(vae_calls_limit{{{JOB}}})", "limit of one"),
-            ),
+            (Query(f"sum by (instance) (vae_calls_in_flight{{{JOB}}})", "{{instance}}"),),
         ),
         Panel(
             "Bytes",
@@ -416,4 +413,162 @@ SERVICE: Final = Board(
     (GLANCE, TRAFFIC, ERRORS, LATENCY, BATCHES, QUEUE, REPLICAS, PROCESSES),
 )
 
-BOARDS: Final = (SERVICE,)
+SERVE: Final = Section(
+    "Ray Serve",
+    (
+        Panel(
+            "Replicas",
+            "Those that Serve takes for healthy, beside how many it wants where a deployment scales.",
+            "short",
+            (
+                Query(f"sum by (deployment) (ray_serve_deployment_replica_healthy{{{JOB}}})", "{{deployment}}"),
+                Query(
+                    f"max by (deployment) (ray_serve_autoscaling_target_replicas{{{JOB}}})",
+                    "{{deployment}}, wanted",
+                    may_be_empty="only of deployments that scale",
+                ),
+            ),
+        ),
+        Panel(
+            "Starts",
+            "Replicas that were started. A line that keeps rising is a replica that does not live.",
+            "short",
+            (
+                Query(
+                    f"sum by (deployment) (ray_serve_deployment_replica_starts_total{{{JOB}}})", "{{deployment}}"
+                ),
+            ),
+        ),
+        Panel(
+            "Time to start",
+            "Mean from the wish for a replica until it answers: process, bundle, warm-up.",
+            "ms",
+            (
+                Query(
+                    f"sum by (deployment) (ray_serve_replica_startup_latency_ms_sum{{{JOB}}})"
+                    f" / sum by (deployment) (ray_serve_replica_startup_latency_ms_count{{{JOB}}})",
+                    "{{deployment}}",
+                ),
+            ),
+        ),
+        Panel(
+            "Calls through handles",
+            "Surveys of health and addresses. Runs have connections of their own, and come here where there is none.",
+            "reqps",
+            (Query(_rate("ray_serve_deployment_request_counter_total", "deployment"), "{{deployment}}"),),
+        ),
+        Panel(
+            "Health checks",
+            "Mean time that Serve waits for a replica's answer.",
+            "ms",
+            (Query(_mean("ray_serve_health_check_latency_ms", "deployment"), "{{deployment}}"),),
+        ),
+        Panel(
+            "Failed health checks",
+            "Serve replaces a replica after three in a row.",
+            "ops",
+            (
+                Query(
+                    _rate("ray_serve_health_check_failures_total", "deployment"),
+                    "{{deployment}}",
+                    may_be_empty="a series appears with its first failure",
+                ),
+            ),
+        ),
+        Panel(
+            "Calls that wait in handles",
+            "No replica takes them: none is there, or all are at their limit.",
+            "short",
+            (Query(f"sum by (deployment) (ray_serve_deployment_queued_queries{{{JOB}}})", "{{deployment}}"),),
+        ),
+        Panel(
+            "Controller",
+            "Duration of its loop, and the lag of its event loop: a slow controller replaces dead replicas late.",
+            "s",
+            (
+                Query(f"max(ray_serve_controller_control_loop_duration_s{{{JOB}}})", "its loop"),
+                Query(
+                    "max by (component) ("
+                    f"rate(ray_serve_event_loop_scheduling_latency_ms_sum{{{JOB}}}[{RATE}])"
+                    f" / rate(ray_serve_event_loop_scheduling_latency_ms_count{{{JOB}}}[{RATE}])) / 1000",
+                    "event loop, {{component}}",
+                ),
+            ),
+        ),
+    ),
+)
+
+NODES: Final = Section(
+    "Nodes",
+    (
+        Panel(
+            "Processors in use",
+            "Of each node.",
+            "percentunit",
+            (Query(f"ray_node_cpu_utilization{{{JOB}}} / 100", "{{instance}}"),),
+        ),
+        Panel(
+            "Memory in use",
+            "Of each node. Near 1 Ray ends processes.",
+            "percentunit",
+            (Query(f"ray_node_mem_used{{{JOB}}} / ray_node_mem_total{{{JOB}}}", "{{instance}}"),),
+        ),
+        Panel(
+            "Object store",
+            "Runs do not use it: a line that rises is something of Ray's.",
+            "bytes",
+            (Query(f"ray_object_store_used_memory{{{JOB}}}", "{{instance}}"),),
+        ),
+        Panel(
+            "Disk in use",
+            "Ray's log and spilled objects lie there.",
+            "percentunit",
+            (Query(f"ray_node_disk_utilization_percentage{{{JOB}}} / 100", "{{instance}}"),),
+        ),
+        Panel(
+            "Memory of processes",
+            "Resident, by what Ray calls a component.",
+            "bytes",
+            (Query(f"topk(8, ray_component_rss_bytes{{{JOB}}})", "{{Component}}"),),
+        ),
+        Panel(
+            "Actors",
+            "By state; one that is restarting or pending has no room, or does not live.",
+            "short",
+            (Query(f"sum by (State) (ray_gcs_actors_count{{{JOB}}})", "{{State}}"),),
+        ),
+        Panel(
+            "GPU in use",
+            "Of each GPU.",
+            "percentunit",
+            (
+                Query(
+                    f"ray_node_gpus_utilization{{{JOB}}} / 100",
+                    "{{instance}} {{GpuIndex}}",
+                    may_be_empty="where there is no GPU",
+                ),
+            ),
+        ),
+        Panel(
+            "Memory of GPUs",
+            "In use, all processes together.",
+            "bytes",
+            (
+                Query(
+                    f"ray_node_gram_used{{{JOB}}} * 1048576",
+                    "{{instance}} {{GpuIndex}}",
+                    may_be_empty="where there is no GPU",
+                ),
+            ),
+        ),
+    ),
+)
+
+RAY: Final = Board(
+    "vae-ray",
+    "vae: Ray",
+    "What Ray and Serve say of themselves, beside the service's own numbers; up to ten seconds late.",
+    (SERVE, NODES),
+)
+
+BOARDS: Final = (SERVICE, RAY)

@@ -7,6 +7,7 @@ import argparse
 import io
 import json
 import re
+import textwrap
 import time
 import urllib.parse
 import urllib.request
@@ -30,6 +31,7 @@ _ROWS_OF_A_PICTURE: Final = 6
 """Rows of panels above which a dashboard becomes two pictures."""
 
 _MAX_LEGEND: Final = 8
+_MAX_NAME: Final = 38
 _NUM_POINTS: Final = 240
 _STYLE: Final[dict[Any, Any]] = {
     "font.size": 8,
@@ -121,7 +123,7 @@ def render(fetch: Fetch, span: Span) -> dict[str, bytes]:
 def _curve(query: Query, series: dict[str, Any]) -> Curve:
     labels: dict[str, str] = series["metric"]
     legend = query.legend or ", ".join(labels.values())
-    name = re.sub(r"\{\{(\w+)\}\}", lambda label: labels.get(label[1], ""), legend)
+    name = re.sub(r"\{\{(\w+)\}\}", lambda label: labels.get(label[1], "").rpartition("/")[2], legend)
     times, values = zip(*((float(t), float(value)) for t, value in series["values"]), strict=True)
     return Curve(name.strip(), times, values)
 
@@ -143,7 +145,7 @@ def _parts(board: Board) -> list[list[Section]]:
 
 def _picture(board: Board, sections: list[Section], fetch: Fetch, span: Span) -> bytes:
     rows = [(section, i) for section in sections for i in range(_num_rows(section))]
-    heights = [0.7 if section.panels[0].kind == "number" else 2.1 for section, _ in rows]
+    heights = [0.6 if section.panels[0].kind == "number" else 2.5 for section, _ in rows]
     figure = Figure(figsize=(16, sum(heights) + 0.55 * len(rows) + 0.4), dpi=_DPI, layout="constrained")
     when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(span.end))
     figure.suptitle(f"{board.title}, {when} UTC, {(span.end - span.start) / 60:.0f} minutes", x=0.01, ha="left")
@@ -180,14 +182,16 @@ def _draw(axes: Axes, panel: Panel, curves: list[Curve], span: Span) -> None:
     if not curves:
         axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", color="0.5")
     axes.set_xlim(span.start - span.end, 0)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, axes.get_ylim()[1] if any(any(curve.values) for curve in curves) else 1)
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _text(value, panel.unit)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} s"))
     handles, labels = axes.get_legend_handles_labels()
     if any(labels):
-        axes.legend(handles[:_MAX_LEGEND], labels[:_MAX_LEGEND], loc="upper left", ncols=1 + (len(labels) > 4))  # noqa: PLR2004 - four fit
+        names = [textwrap.shorten(label, _MAX_NAME, placeholder="...") for label in labels[:_MAX_LEGEND]]
+        below = {"loc": "upper left", "bbox_to_anchor": (-0.05, -0.12), "borderaxespad": 0.0}
+        axes.legend(handles[:_MAX_LEGEND], names, ncols=2, **below)
 
 
 def _stack(axes: Axes, curves: list[Curve], span: Span) -> None:
@@ -208,6 +212,8 @@ def _text(value: float, unit: str) -> str:
         return "no data"
     if unit == "percentunit":
         return f"{100 * value:.3g} %"
+    if unit == "ms":
+        value, unit = value / 1000, "s"
     if unit == "s":
         return _scaled(value, ((1, "s"), (1e-3, "ms"), (1e-6, "µs")))
     if unit in {"bytes", "Bps"}:

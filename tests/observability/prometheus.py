@@ -73,13 +73,13 @@ class Prometheus(NamedTuple):
         return found[0][1] if found else float("nan")
 
     def wait_for_scrapes(self) -> None:
-        """Return once every target has been scraped after now."""
+        """Return once every target has been scraped, and has answered, after now."""
         now = time.time()
-        wait_until(
-            lambda: self.value('min(timestamp(up{job="vae"}))') > now,
-            "every target is scraped again",
-            timeout_s=SCRAPE_TIMEOUT_S,
-        )
+
+        def is_done() -> bool:
+            return self.value('min(timestamp(up{job="vae"}))') > now and self.value('min(up{job="vae"})') == 1
+
+        wait_until(is_done, "every target is scraped again", timeout_s=SCRAPE_TIMEOUT_S)
 
 
 def config_for(metrics_port: int, rules: Path) -> dict[str, Any]:
