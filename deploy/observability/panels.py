@@ -453,7 +453,7 @@ SERVE: Final = Section(
         ),
         Panel(
             "Calls through handles",
-            "Surveys of health and addresses. Runs have connections of their own, and come here where there is none.",
+            "Surveys of health and addresses. Runs have connections of their own, and come here without one.",
             "reqps",
             (Query(_rate("ray_serve_deployment_request_counter_total", "deployment"), "{{deployment}}"),),
         ),

@@ -7,7 +7,6 @@ import argparse
 import io
 import json
 import re
-import textwrap
 import time
 import urllib.parse
 import urllib.request
@@ -148,7 +147,7 @@ def _picture(board: Board, sections: list[Section], fetch: Fetch, span: Span) ->
     heights = [0.6 if section.panels[0].kind == "number" else 2.5 for section, _ in rows]
     figure = Figure(figsize=(16, sum(heights) + 0.55 * len(rows) + 0.4), dpi=_DPI, layout="constrained")
     when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(span.end))
-    figure.suptitle(f"{board.title}, {when} UTC, {(span.end - span.start) / 60:.0f} minutes", x=0.01, ha="left")
+    figure.suptitle(f"{board.title}, {when} UTC, the last {span.end - span.start:.0f} s", x=0.01, ha="left")
     bands = figure.subfigures(len(rows), 1, height_ratios=[height + 0.55 for height in heights], squeeze=False)
     for (section, number), band in zip(rows, bands[:, 0], strict=True):
         if number == 0:
@@ -171,7 +170,7 @@ def _draw(axes: Axes, panel: Panel, curves: list[Curve], span: Span) -> None:
     if panel.kind == "number":
         axes.set_axis_off()
         values = [value for curve in curves for value in curve.values[-1:]]
-        text = _text(values[0], panel.unit) if values else "no data"
+        text = text_of(values[0], panel.unit) if values else "no data"
         axes.text(0.0, 0.4, text, fontsize=17, transform=axes.transAxes, va="center")
         return
     if panel.kind == "stacked":
@@ -182,31 +181,32 @@ def _draw(axes: Axes, panel: Panel, curves: list[Curve], span: Span) -> None:
     if not curves:
         axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", color="0.5")
     axes.set_xlim(span.start - span.end, 0)
-    axes.set_ylim(0, axes.get_ylim()[1] if any(any(curve.values) for curve in curves) else 1)
+    axes.set_ylim(0, 1.03 * axes.get_ylim()[1] if any(any(curve.values) for curve in curves) else 1)
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _text(value, panel.unit)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text_of(value, panel.unit)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} s"))
     handles, labels = axes.get_legend_handles_labels()
     if any(labels):
-        names = [textwrap.shorten(label, _MAX_NAME, placeholder="...") for label in labels[:_MAX_LEGEND]]
-        below = {"loc": "upper left", "bbox_to_anchor": (-0.05, -0.12), "borderaxespad": 0.0}
-        axes.legend(handles[:_MAX_LEGEND], names, ncols=2, **below)
+        names = [label[:_MAX_NAME] for label in labels[:_MAX_LEGEND]]
+        place = (-0.05, -0.12)
+        axes.legend(handles[:_MAX_LEGEND], names, ncols=2, loc="upper left", bbox_to_anchor=place, borderaxespad=0)
 
 
 def _stack(axes: Axes, curves: list[Curve], span: Span) -> None:
     """Stack curves, whose points may be missing here and there, on common times."""
     if not curves:
         return
-    times = np.arange(span.start, span.end + span.step_s / 2, span.step_s)
+    times = np.arange(span.start, span.end - span.step_s / 2, span.step_s)  # the last point may be missing
     tops = np.zeros((len(curves), len(times)))
     for row, curve in zip(tops, curves, strict=True):
         at = np.round((np.array(curve.times) - span.start) / span.step_s).astype(int)
-        row[np.clip(at, 0, len(times) - 1)] = np.nan_to_num(curve.values)
+        is_shown = at < len(times)
+        row[at[is_shown]] = np.nan_to_num(curve.values)[is_shown]
     axes.stackplot(times - span.end, tops, labels=[curve.name for curve in curves], alpha=0.75)
 
 
-def _text(value: float, unit: str) -> str:
+def text_of(value: float, unit: str) -> str:
     """Return a value with its unit, short."""
     if not np.isfinite(value):
         return "no data"

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import pytest
 from prometheus_client import REGISTRY
 
-from deploy.observability import dashboards, panels
+from deploy.observability import grafana, panels
 from serving import metrics
 from tests.observability.conftest import Watched
 from tests.observability.expressions import metric_names
+from tests.observability.prometheus import OBSERVABILITY
 from tests.observability.test_rules import RULES, RUNBOOK
 
+FOLDER = OBSERVABILITY / "dashboards"
 PROCESS = {
     "process_cpu_seconds_total",
     "process_open_fds",
@@ -65,19 +67,19 @@ def exposed() -> set[str]:
 
 @pytest.mark.parametrize("board", panels.BOARDS, ids=lambda board: board.uid)
 def test_the_generator_reproduces_what_is_checked_in(board: panels.Board) -> None:
-    """Nobody edits the JSON: after a change run `python -m deploy.observability.dashboards`."""
-    assert (dashboards.FOLDER / f"{board.uid}.json").read_text() == dashboards.text_of(board)
+    """Nobody edits the JSON: after a change run `python -m deploy.observability`."""
+    assert (FOLDER / f"{board.uid}.json").read_text() == grafana.text_of(board)
 
 
 def test_every_file_is_of_a_dashboard() -> None:
     """A dashboard that is no longer made goes."""
-    assert {path.stem for path in dashboards.FOLDER.iterdir()} == {board.uid for board in panels.BOARDS}
+    assert {path.stem for path in FOLDER.iterdir()} == {board.uid for board in panels.BOARDS}
 
 
 @pytest.mark.parametrize("board", panels.BOARDS, ids=lambda board: board.uid)
 def test_a_dashboard_is_well_formed(board: panels.Board) -> None:
     """Panels have numbers of their own, do not overlap, and their lines have names of their own."""
-    built: dict[str, Any] = json.loads(dashboards.text_of(board))
+    built: dict[str, Any] = json.loads(grafana.text_of(board))
     numbers = [panel["id"] for panel in built["panels"]]
     assert len(set(numbers)) == len(numbers)
     taken: set[tuple[int, int]] = set()

@@ -1,8 +1,7 @@
-"""Write the Grafana dashboards from `panels`: `python -m deploy.observability.dashboards`."""
+"""The dashboards as Grafana imports them, from `panels`."""
 
 import json
 import string
-from pathlib import Path
 from typing import Final
 
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, timeseries
@@ -23,15 +22,13 @@ from grafana_foundation_sdk.models.dashboard import (
 
 from deploy.observability.panels import BOARDS, Board, Panel
 
-FOLDER: Final = Path(__file__).parent / "dashboards"
 _SOURCE: Final = DataSourceRef("prometheus", "${datasource}")
 _WIDTH: Final = 24
 
 
-def main() -> None:
-    """Write each dashboard beside this file."""
-    for board in BOARDS:
-        (FOLDER / f"{board.uid}.json").write_text(text_of(board))
+def files() -> dict[str, str]:
+    """Return the text of each dashboard by the name of its file."""
+    return {f"{board.uid}.json": text_of(board) for board in BOARDS}
 
 
 def text_of(board: Board) -> str:
@@ -102,7 +99,3 @@ def _curves(panel: Panel) -> timeseries.Panel:
     if panel.kind == "stacked":
         built = built.stacking(common.StackingConfig().mode(StackingMode.NORMAL)).fill_opacity(25)
     return built
-
-
-if __name__ == "__main__":
-    main()
