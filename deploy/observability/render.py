@@ -107,11 +107,11 @@ def fetcher(url: str) -> Fetch:
     return fetch
 
 
-def render(fetch: Fetch, span: Span) -> dict[str, bytes]:
-    """Return the pictures of all dashboards by file name, as PNG."""
+def render(fetch: Fetch, span: Span, boards: Sequence[Board] = BOARDS) -> dict[str, bytes]:
+    """Return the pictures of dashboards by file name, as PNG."""
     pictures = {}
     with mpl.rc_context(_STYLE):
-        for board in BOARDS:
+        for board in boards:
             parts = _parts(board)
             for number, sections in enumerate(parts, start=1):
                 name = f"{board.uid}-{number}.png" if len(parts) > 1 else f"{board.uid}.png"
