@@ -48,6 +48,13 @@ class BatchReport(NamedTuple):
     run_s: float
 
 
+class DropReport(NamedTuple):
+    """Rows of one request that no run answered, for metrics."""
+
+    num_rows: int
+    reason: DropReason
+
+
 class _Flight:
     """A run in flight."""
 
@@ -70,8 +77,7 @@ class RowBatcher:
         num_replicas: Replicas that run now; 0 while none does because nothing was to do.
         assemble: Makes the rows of a run from slices of sources.
         clock: Monotonic seconds.
-        on_batch: Told about every run that succeeded.
-        on_drop: Told why rows that were let in got no answer, and how many: expired, abandoned or failed.
+        tell: Told about every run that succeeded, and about rows that were let in and got no answer.
     """
 
     def __init__(
@@ -84,11 +90,10 @@ class RowBatcher:
         num_replicas: Callable[[], int] = lambda: 1,
         assemble: Callable[[Sequence[Slice]], Rows] = concatenate,
         clock: Callable[[], float] = time.monotonic,
-        on_batch: Callable[[BatchReport], None] = lambda _: None,
-        on_drop: Callable[[DropReason, int], None] = lambda _reason, _num_rows: None,
+        tell: Callable[[BatchReport | DropReport], None] = lambda _: None,
     ) -> None:
         self._run, self._config, self._name, self._clock = run, config, name, clock
-        self._on_batch, self._on_drop = on_batch, on_drop
+        self._tell = tell
         self._slots_each, self._num_replicas, self._assemble = num_slots, num_replicas, assemble
         self._queue = RowQueue(age_after_s=config.age_after_s)
         self._times = ServiceTimes()
@@ -158,7 +163,7 @@ class RowBatcher:
         try:
             return await request.future
         except BaseException as error:
-            self._on_drop(_reason_of(error), num_rows)
+            self._tell(DropReport(num_rows, _reason_of(error)))
             raise
         finally:
             self._hold(ticket.client, priority, -num_rows, -num_bytes)
@@ -354,7 +359,7 @@ class RowBatcher:
         rate = num_rows / run_s * num_in_flight
         self._rows_per_s += (rate - self._rows_per_s) * (_RATE_SMOOTHING if self._rows_per_s else 1.0)
         waited = started - min(part.request.arrived_at for part in batch)
-        self._on_batch(BatchReport(num_rows, len(batch), waited, run_s))
+        self._tell(BatchReport(num_rows, len(batch), waited, run_s))
 
 
 def _reason_of(error: BaseException) -> DropReason:

@@ -51,6 +51,7 @@ from serving.client import (
 )
 from serving.config import GatewayConfig, ServingConfig, address_of
 from serving.errors import StartupError
+from serving.fleet_command import top
 from serving.gateway.credentials import is_loopback
 from serving.keys_command import keys_app
 from serving.load_command import load, load_compare
@@ -221,6 +222,7 @@ def _secret(path: Path) -> str:
 app.command()(connected(load))
 app.command()(load_compare)
 app.command()(plan)
+app.command()(top)
 
 
 @app.command()
@@ -277,11 +279,17 @@ def check(
 
 @app.command()
 @connected
-def status(connection: Connection, as_json: AsJson = False) -> None:
+def status(
+    connection: Connection,
+    metrics: Annotated[str | None, typer.Option(help="Also show all processes: a gateway's metrics.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Say whether the service is healthy and what it serves; exit code 1 if it is not."""
     with connection.open() as client:
         model = client.get_model(**connection.options)
         _print(_facts(model), as_json=as_json, title=f"{connection.target} is SERVING")
+    if metrics is not None:
+        top(metrics, once=True, as_json=as_json)
 
 
 @app.command()

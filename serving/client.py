@@ -44,6 +44,7 @@ _TYPES: Final = {
 _OBSERVATIONS: Final = {"mean": pb.OBSERVATION_MEAN, "sample": pb.OBSERVATION_SAMPLE}
 _PATHS: Final = {"linear": pb.INTERPOLATION_LINEAR, "spherical": pb.INTERPOLATION_SPHERICAL}
 _BOUNDS: Final = {"elbo": pb.BOUND_ELBO, "importance-weighted": pb.BOUND_IMPORTANCE_WEIGHTED}
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PRIORITIES: Final = (1, 2, 3)
 _RESUME_AFTER_S: Final = (0.2, 1.0, 5.0)
 """Longest waits before a stream is asked for again, while no chunk comes; then it is given up."""
@@ -87,6 +88,7 @@ class VaeError(Exception):
         reason: Name of `vae.v1.ErrorReason` without its prefix; empty if the service did not answer.
         field: Path of the field that is wrong, for bad input.
         retry_after_s: When to come back, if the service is busy.
+        request_id: Name of the call in the service's log; empty if the service did not answer.
     """
 
     def __init__(
@@ -97,14 +99,16 @@ class VaeError(Exception):
         reason: str = "",
         field: str = "",
         retry_after_s: float | None = None,
+        request_id: str = "",
     ) -> None:
         super().__init__(f"{code.name}: {message}")
         self.code, self.message, self.reason, self.field = code, message, reason, field
-        self.retry_after_s = retry_after_s
+        self.retry_after_s, self.request_id = retry_after_s, request_id
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Rebuild from the arguments: errors cross processes, and pickle alone would drop keywords."""
-        named: dict[str, Any] = {"reason": self.reason, "field": self.field, "retry_after_s": self.retry_after_s}
+        names = ("reason", "field", "retry_after_s", "request_id")
+        named: dict[str, Any] = {name: getattr(self, name) for name in names}
         return partial(type(self), self.code, self.message, **named), ()
 
 
@@ -224,6 +228,27 @@ class Model(NamedTuple):
     num_levels: int
 
 
+class Timings(NamedTuple):
+    """Where the time of one call went, as the gateway saw it."""
+
+    request_id: str
+    """The caller's, or the one that the service gave it: its log lines and errors name it."""
+
+    queue_s: float
+    """Waiting for a run, seconds."""
+
+    engine_s: float
+    """From the begin of the first run to the end of the last, seconds."""
+
+    total_s: float
+    """From its arrival to its answer, seconds."""
+
+    batch_rows: int
+    """Rows of the largest run that it took part in, those of others included."""
+
+    model_version: str
+
+
 class CallOptions(TypedDict, total=False):
     """What every call takes."""
 
@@ -235,6 +260,12 @@ class CallOptions(TypedDict, total=False):
 
     priority: Literal[1, 2, 3]
     """3 lets others go first and is shed first; a call can step back from its method's own, never ahead."""
+
+    request_id: str
+    """Name of the call in the service's log and errors: up to 64 of `A-Z a-z 0-9 . _ -`; chosen if absent."""
+
+    on_timings: Callable[[Timings], None]
+    """Told where the time of a call that succeeded went. Not of a stream."""
 
 
 class EncodeOptions(CallOptions, total=False):
@@ -430,8 +461,13 @@ class VaeClient:
     def _call(self, plan: "_Plan[T]") -> T:
         timeout_s = plan.options.get("timeout_s", self._timeout_s)
         metadata = _metadata(self._bearer, plan.options)
+        method = getattr(self._stub, plan.method)
         try:
-            return plan.read(getattr(self._stub, plan.method)(plan.request, timeout=timeout_s, metadata=metadata))
+            if "on_timings" not in plan.options:
+                return plan.read(method(plan.request, timeout=timeout_s, metadata=metadata))
+            answer, call = method.with_call(plan.request, timeout=timeout_s, metadata=metadata)
+            plan.options["on_timings"](_timings(call.trailing_metadata()))
+            return plan.read(answer)
         except grpc.RpcError as error:
             raise _error(error) from None
 
@@ -561,10 +597,12 @@ class AsyncVaeClient:
     async def _call(self, plan: "_Plan[T]") -> T:
         timeout_s = plan.options.get("timeout_s", self._timeout_s)
         metadata = _metadata(self._bearer, plan.options)
+        call = getattr(self._stub, plan.method)(plan.request, timeout=timeout_s, metadata=metadata)
         try:
-            return plan.read(
-                await getattr(self._stub, plan.method)(plan.request, timeout=timeout_s, metadata=metadata)
-            )
+            answer = await call
+            if "on_timings" in plan.options:
+                plan.options["on_timings"](_timings(await call.trailing_metadata()))
+            return plan.read(answer)
         except grpc.RpcError as error:
             raise _error(error) from None
 
@@ -905,7 +943,30 @@ def _metadata(bearer: Callable[[], str] | None, options: CallOptions) -> Metadat
         if priority not in _PRIORITIES:
             raise _out_of_range("priority", "1, 2 or 3", str(priority))
         metadata += (("vae-priority", str(priority)),)
+    if (request_id := options.get("request_id")) is not None:
+        if not _REQUEST_ID.fullmatch(request_id):
+            raise _out_of_range("request_id", "1 to 64 of A-Z a-z 0-9 . _ -", repr(request_id[:80]))
+        metadata += (("x-request-id", request_id),)
+    if "on_timings" in options:
+        metadata += (("vae-timings", "1"),)
     return metadata or None
+
+
+def _timings(trailers: Any) -> Timings:  # noqa: ANN401 - pairs, though the stubs disagree between the two clients
+    """Return what a call's trailing metadata says."""
+    found = {key: value for key, value in trailers or () if isinstance(value, str)}
+
+    def seconds(key: str) -> float:
+        return int(found.get(key, "0")) / 1e6
+
+    return Timings(
+        request_id=found.get("x-request-id", ""),
+        queue_s=seconds("vae-queue-us"),
+        engine_s=seconds("vae-engine-us"),
+        total_s=seconds("vae-total-us"),
+        batch_rows=int(found.get("vae-batch-rows", "0")),
+        model_version=found.get("vae-model-version", ""),
+    )
 
 
 def _require_rich() -> None:
@@ -983,4 +1044,5 @@ def _error(error: grpc.RpcError) -> VaeError:
         reason=trailers.get("vae-error-reason", ""),
         field=trailers.get("vae-error-field", ""),
         retry_after_s=int(pushback_ms) / 1000 if pushback_ms.isdecimal() else None,
+        request_id=trailers.get("x-request-id", ""),
     )

@@ -77,12 +77,12 @@ class Exporter:
         self._server: Any = None
         self._thread: threading.Thread | None = None
         self.port: int | None = None
-        """Port that is listened on, once there is one."""
+        """Port that is listened on, or was."""
 
     @property
     def target(self) -> Target | None:
         """This process, if it listens."""
-        return Target(_join(self._host, self.port), self._labels) if self.port else None
+        return Target(_join(self._host, self.port), self._labels) if self._server is not None else None
 
     def start(self, host: str, port: int, *, num_ports: int = 1) -> None:
         """Listen; a failure is logged and stops nothing.
@@ -114,7 +114,7 @@ class Exporter:
             self._server.shutdown()
             self._server.server_close()
             self._thread.join()
-            self._server, self.port = None, None
+            self._server = None
 
     def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")

@@ -121,19 +121,29 @@ class LoadReport(Protocol):
     """What loading a graph took and chose, see `runtime.LoadReport`."""
 
     @property
-    def version(self) -> str: ...
+    def version(self) -> str:
+        """Version of the model."""
+        ...
 
     @property
-    def provider(self) -> str: ...
+    def provider(self) -> str:
+        """Execution provider of ONNX Runtime."""
+        ...
 
     @property
-    def precision(self) -> str: ...
+    def precision(self) -> str:
+        """Arithmetic of matrix products."""
+        ...
 
     @property
-    def load_s(self) -> float: ...
+    def load_s(self) -> float:
+        """Time it took, seconds."""
+        ...
 
     @property
-    def device_bytes(self) -> int: ...
+    def device_bytes(self) -> int:
+        """Bytes of buffers on the device."""
+        ...
 
 
 def _version_of(name: str) -> str:

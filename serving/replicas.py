@@ -70,9 +70,7 @@ class GraphReplica:
         replica, host = _replica_id(), ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._direct: DirectServer | None = None
         if own.direct_runs:
-            self._direct = DirectServer(
-                self.run, replica=replica, host=host, security=Security.from_environment()
-            )
+            self._direct = DirectServer(self.run, replica=replica, host=host, security=Security.from_environment())
             await self._direct.start()
         self._exporter = Exporter(graph, replica=replica)
         gateway = settings.gateway

@@ -67,9 +67,7 @@ class InProcessEngine:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, self._run_here, graph, expires_at, rows, outputs)
 
-    def _run_here(
-        self, graph: GraphRuntime, expires_at: float, rows: Rows, outputs: Sequence[str]
-    ) -> list[Rows]:
+    def _run_here(self, graph: GraphRuntime, expires_at: float, rows: Rows, outputs: Sequence[str]) -> list[Rows]:
         meters = metrics.replica(self._names[graph])
         began = time.monotonic()
         try:

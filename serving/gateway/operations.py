@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving import likelihoods, noise
-from serving.batching import BatchReport, DropReason, RowBatcher
+from serving.batching import BatchReport, DropReport, RowBatcher
 from serving.bundle import Graph, Manifest
 from serving.config import ServingConfig
 from serving.engine.protocol import GRAPHS, Engine, Posterior
@@ -135,8 +135,7 @@ class Operations:
         engine: Who runs the graphs.
         manifest: Description of the model.
         config: Bounds.
-        on_batch: Told about every run: name of the graph, report.
-        on_drop: Told the graph, why rows got no answer, and how many.
+        tell: Told about every run, and about rows that got no answer: name of the graph, report.
         charge: Told the client and the number of rows before they join a queue; may refuse them.
     """
 
@@ -146,8 +145,7 @@ class Operations:
         manifest: Manifest,
         config: ServingConfig,
         *,
-        on_batch: Callable[[Graph, BatchReport], None] = lambda _graph, _report: None,
-        on_drop: Callable[[Graph, DropReason, int], None] = lambda _graph, _reason, _num_rows: None,
+        tell: Callable[[Graph, BatchReport | DropReport], None] = lambda _graph, _report: None,
         charge: Callable[[str, int], None] = lambda _client, _num_rows: None,
     ) -> None:
         self.manifest, self._engine, self._limits, self._charge = manifest, engine, config.limits, charge
@@ -165,8 +163,7 @@ class Operations:
             functools.partial(
                 make,
                 name=graph,
-                on_batch=functools.partial(on_batch, graph),
-                on_drop=functools.partial(on_drop, graph),
+                tell=functools.partial(tell, graph),
                 num_replicas=functools.partial(engine.num_replicas, graph),
             )
             for graph in GRAPHS

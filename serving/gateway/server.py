@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from prometheus_client import Gauge
 
 from serving import metrics
-from serving.batching import BatchReport, DropReason, RowBatcher
+from serving.batching import BatchReport, DropReport, RowBatcher
 from serving.bundle import Graph, Manifest
 from serving.config import GatewayConfig, ServingConfig, address_of
 from serving.engine.protocol import GRAPHS, Engine, Providers
@@ -66,8 +66,7 @@ class GatewayServer:
             engine,
             manifest,
             config,
-            on_batch=functools.partial(_observe_batch, config.batching.max_batch_rows),
-            on_drop=_observe_drop,
+            tell=functools.partial(_observe_rows, config.batching.max_batch_rows),
             charge=self._admission.charge,
         )
         self._service = VaeService(self.operations, config.limits)
@@ -296,16 +295,15 @@ def _ms(seconds: float) -> int:
     return max(1, round(seconds * 1000))
 
 
-def _observe_batch(max_rows: int, graph: Graph, report: BatchReport) -> None:
+def _observe_rows(max_rows: int, graph: Graph, report: BatchReport | DropReport) -> None:
+    if isinstance(report, DropReport):
+        metrics.ROWS_DROPPED.labels(graph, report.reason).inc(report.num_rows)
+        return
     meters = metrics.batch(graph)
     meters.rows.observe(report.num_rows)
     meters.fill.observe(report.num_rows / max_rows)
     meters.wait.observe(report.wait_s)
     meters.run.observe(report.run_s)
-
-
-def _observe_drop(graph: Graph, reason: DropReason, num_rows: int) -> None:
-    metrics.ROWS_DROPPED.labels(graph, reason).inc(num_rows)
 
 
 def _joined(

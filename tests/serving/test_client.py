@@ -24,12 +24,14 @@ from serving.bundle import Bundle
 from serving.client import (
     SERVICE_CONFIG,
     AsyncVaeClient,
+    CallOptions,
     DeadlineExceeded,
     InvalidArgument,
     ModelNotFound,
     Overloaded,
     PermissionDenied,
     SampledChunk,
+    Timings,
     Unauthenticated,
     Unavailable,
     VaeClient,
@@ -788,3 +790,58 @@ async def test_a_priority_goes_beside_the_request() -> None:
         await client.get_model(priority=3)
     await server.stop(None)
     assert seen == ["", "3"]
+
+
+@pytest.mark.parametrize("call", [call for _, call in CALLS], ids=[name for name, _ in CALLS])
+async def test_timings_are_told_to_whoever_asks(service: GatewayServer, call: Callable[[Any], Any]) -> None:
+    """Both clients: the parts are within the whole, the batch held the call's rows, the id is the caller's."""
+    told: list[Timings] = []
+    asked: CallOptions = {"request_id": "mine-1", "on_timings": told.append}
+
+    class Asking:
+        """Adds the options to whatever method is called."""
+
+        def __init__(self, client: Any) -> None:  # noqa: ANN401 - either client
+            self._client = client
+
+        def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - any method
+            return lambda *args, **options: getattr(self._client, name)(*args, **options, **asked)
+
+    target = f"127.0.0.1:{service.port}"
+    async with AsyncVaeClient(target) as client:
+        await call(Asking(client))
+    with VaeClient(target) as blocking:
+        await asyncio.to_thread(call, Asking(blocking))
+    assert len(told) == 2
+    for timings in told:
+        assert timings.request_id == "mine-1"
+        assert 0 <= timings.queue_s <= timings.total_s < 10
+        assert 0 <= timings.engine_s <= timings.total_s + 1e-5
+        assert timings.model_version in {service.operations.manifest.version, ""}
+
+
+async def test_timings_name_the_batch(service: GatewayServer) -> None:
+    """Rows that ran alone were a batch of their own."""
+    told: list[Timings] = []
+    async with AsyncVaeClient(f"127.0.0.1:{service.port}") as client:
+        await client.sample(7, on_timings=told.append)
+    (timings,) = told
+    assert timings.batch_rows == 7
+    assert timings.engine_s > 0
+    assert timings.model_version == service.operations.manifest.version
+    assert len(timings.request_id) == 16
+
+
+async def test_an_error_has_the_id_of_its_call(client: AsyncVaeClient) -> None:
+    """What the caller chose; it survives pickling, as the rest does."""
+    with pytest.raises(InvalidArgument) as caught:
+        await client.sample(0, request_id="broken.1")
+    assert caught.value.request_id == "broken.1"
+    assert pickle.loads(pickle.dumps(caught.value)).request_id == "broken.1"  # noqa: S301 - our own
+
+
+@pytest.mark.parametrize("bad", ["", "a b", "x" * 65, "\n"])
+async def test_a_request_id_that_the_service_would_replace_is_refused(client: AsyncVaeClient, bad: str) -> None:
+    """Before it is sent, and named."""
+    with pytest.raises(InvalidArgument, match="request_id: expected 1 to 64"):
+        await client.sample(1, request_id=bad)

@@ -1,74 +1,104 @@
-"""Metrics can be scraped, have help and closed labels, and never stop the service."""
+"""Metrics have help, units and closed labels; each is counted where it happens."""
 
-import logging
 import re
-import socket
-import urllib.request
 
-import pytest
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from serving import metrics
+from serving.loop_metrics import LoopCounter, LoopHistogram
+from serving.runtime import LoadReport
 
-OURS = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
+Metric = LoopCounter | LoopHistogram | MetricWrapperBase
+OURS: list[Metric] = [value for value in vars(metrics).values() if isinstance(value, Metric)]
+LABELS = {"method", "code", "graph", "stage", "reason", "blame", "version", "provider", "precision"}
+
+
+def label_names(metric: Metric) -> tuple[str, ...]:
+    """Return the names of a metric's labels."""
+    if isinstance(metric, LoopCounter | LoopHistogram):
+        return metric.labelnames
+    return tuple(metric._labelnames)  # noqa: SLF001 - there is no public way
+
+
+def family(metric: Metric) -> tuple[str, str]:
+    """Return the name and the help of a metric."""
+    (described, *_) = metric.describe()
+    return described.name, described.documentation
 
 
 def test_every_metric_is_named_and_explained() -> None:
-    """Names begin with `vae_`, times are in seconds, the help is a sentence."""
-    assert len(OURS) >= 8
+    """Names begin with `vae_`, what measures time or size says its unit, the help is a sentence."""
+    assert len(OURS) > 25
     for metric in OURS:
-        (family, *_) = metric.describe()
-        assert re.fullmatch(r"vae_[a-z_]+", family.name)
-        assert re.fullmatch(r"[A-Z][^\n]+\.", family.documentation)
-        if isinstance(metric, Histogram) and (
-            "latency" in family.name or "wait" in family.name or "run" in family.name
-        ):
-            assert family.name.endswith("_seconds")
+        name, documentation = family(metric)
+        assert re.fullmatch(r"vae_[a-z_]+", name)
+        assert re.fullmatch(r"[A-Z0-9][^\n]+\.", documentation)
+        if isinstance(metric, Histogram | LoopHistogram):
+            assert name.endswith(("_seconds", "_rows", "_bytes", "_ratio"))
 
 
 def test_labels_come_from_closed_sets() -> None:
     """No label can hold what a caller chose."""
-    names = {name for metric in OURS for name in metric._labelnames}  # noqa: SLF001 - there is no public way
-    assert names <= {"method", "code", "graph"}
+    names = {name for metric in OURS for name in label_names(metric)}
+    assert names == LABELS
 
 
 def test_kinds_fit_their_names() -> None:
-    """Counters count up, gauges do not claim a total."""
-    assert isinstance(metrics.CALLS, Counter)
-    assert isinstance(metrics.QUEUE_ROWS, Gauge)
-
-
-def test_metrics_are_scraped_over_http() -> None:
-    """A free port is chosen and told, answers with every family, and is free again after the end."""
-    metrics.CALLS.labels("Encode", "OK").inc(0)
-    endpoint = metrics.expose("127.0.0.1", 0)
-    assert endpoint is not None
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{endpoint.port}/metrics", timeout=5) as response:
-            text = response.read().decode()
-    finally:
-        endpoint.close()
+    """Counters count up; gauges do not claim a total."""
     for metric in OURS:
-        (family, *_) = metric.describe()
-        assert f"# HELP {family.name}" in text
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", endpoint.port)) != 0
-
-
-def test_a_taken_port_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """A metrics port that cannot be had is said, and stops nothing."""
-    with socket.socket() as taken, caplog.at_level(logging.WARNING, logger="serving.metrics"):
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        assert metrics.expose("127.0.0.1", port) is None
-    (record,) = caplog.records
-    assert record.message == "metrics are not exposed"
-    assert vars(record)["port"] == port
+        name, _ = family(metric)
+        assert not name.endswith("_total")
+        if isinstance(metric, Gauge):
+            assert not isinstance(metric, Counter)
 
 
 def test_the_registry_holds_each_family_once() -> None:
     """Importing twice does not declare twice."""
     names = [family.name for family in REGISTRY.collect() if family.name.startswith("vae_")]
     assert len(names) == len(set(names))
+
+
+def _value(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+def test_a_call_is_counted_once_under_its_code() -> None:
+    """The counter of one end moves, the others do not; errors also count by reason and by who must act."""
+    meters = metrics.call("TestOfMetrics")
+    meters.end("OK")
+    meters.end("INTERNAL")
+    meters.error("INTERNAL", "service")
+    assert metrics.call("TestOfMetrics") is meters
+    assert _value("vae_calls_total", method="TestOfMetrics", code="OK") == 1
+    assert _value("vae_calls_total", method="TestOfMetrics", code="INTERNAL") == 1
+    labels = {"method": "TestOfMetrics", "reason": "INTERNAL", "blame": "service"}
+    assert _value("vae_call_errors_total", **labels) == 1
+
+
+def test_a_replica_says_what_it_serves_and_counts_what_ran() -> None:
+    """Rows and runs of those that ended well; failures apart; counters are there before the first run."""
+    report = LoadReport(version="abc", provider="CPUExecutionProvider", threads=1, load_s=0.5)
+    before = _value("vae_replica_rows_total", graph="decoder")
+    runs = _value("vae_replica_run_seconds_count", graph="decoder")
+    failures = _value("vae_replica_failures_total", graph="decoder")
+    metrics.describe_replica("decoder", report)
+    assert REGISTRY.get_sample_value("vae_replica_rows_total", {"graph": "decoder"}) == before
+    meters = metrics.replica("decoder")
+    meters.ran(7, 0.25)
+    meters.failed()
+    assert _value("vae_replica_rows_total", graph="decoder") == before + 7
+    assert _value("vae_replica_run_seconds_count", graph="decoder") == runs + 1
+    assert _value("vae_replica_failures_total", graph="decoder") == failures + 1
+    labels = {"graph": "decoder", "version": "abc", "provider": "CPUExecutionProvider", "precision": "fp32"}
+    assert _value("vae_replica_model", **labels) == 1
+    metrics.REPLICA_MODEL.remove("decoder", "abc", "CPUExecutionProvider", "fp32")
+
+
+def test_the_build_is_described() -> None:
+    """The versions of what runs, from the installed packages."""
+    metrics.describe_build()
+    (info,) = [family for family in REGISTRY.collect() if family.name == "vae_build"]
+    labels = info.samples[0].labels
+    assert set(labels) == {"version", "python", "grpcio", "onnxruntime", "ray"}
+    assert all(re.match(r"\d+\.\d+", value) for value in labels.values())

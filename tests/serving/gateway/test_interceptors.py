@@ -203,6 +203,75 @@ async def test_each_call_is_counted_under_its_end(held: GatewayServer, engine: P
     assert {code: _calls("Sample", code) - before[code] for code in codes} == dict.fromkeys(codes, 1.0)
 
 
+def _value(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+async def test_each_call_is_measured_once(held: GatewayServer) -> None:
+    """Sizes are those on the wire, rows those of the request, and the stages are parts of the whole."""
+    names = [
+        "vae_call_latency_seconds_sum", "vae_call_rows_sum", "vae_request_bytes_sum", "vae_response_bytes_sum",
+        "vae_call_rows_count", "vae_request_bytes_count", "vae_response_bytes_count",
+    ]  # fmt: skip
+    stages = ("receive", "queue", "engine", "reply")
+
+    def read() -> dict[str, float]:
+        found = {name: _value(name, method="Sample") for name in names}
+        return found | {
+            stage: _value("vae_call_stage_seconds_sum", method="Sample", stage=stage) for stage in stages
+        }
+
+    before, request = read(), pb.SampleRequest(num_samples=3, seed=1)
+    async with wire(held.port) as channel:
+        response = await call(channel, "Sample", request)
+        await eventually(lambda: _value("vae_calls_in_flight") == 0)
+    grew = {name: value - before[name] for name, value in read().items()}
+    assert grew["vae_call_rows_sum"] == 3
+    assert grew["vae_request_bytes_sum"] == request.ByteSize()
+    assert grew["vae_response_bytes_sum"] == response.ByteSize()
+    assert [grew[name] for name in names if name.endswith("count")] == [1, 1, 1]
+    assert sum(grew[stage] for stage in stages) == pytest.approx(grew["vae_call_latency_seconds_sum"], rel=1e-6)
+    assert all(grew[stage] > 0 for stage in stages)
+
+
+async def test_errors_are_counted_by_reason_and_by_who_must_act(held: GatewayServer, engine: PuppetEngine) -> None:
+    """A caller's mistake is no alarm of ours; a surprise and a lost engine are."""
+    expected = {("OUT_OF_RANGE", "client"): 1, ("INTERNAL", "service"): 1, ("ENGINE_UNAVAILABLE", "service"): 1}
+
+    def read(key: tuple[str, str]) -> float:
+        return _value("vae_call_errors_total", method="Sample", reason=key[0], blame=key[1])
+
+    before = {key: read(key) for key in expected}
+    async with wire(held.port) as channel:
+        await failure(channel, "Sample", pb.SampleRequest())
+        engine.error = RuntimeError("surprise")
+        await failure(channel, "Sample", pb.SampleRequest(num_samples=1))
+        engine.error = errors.EngineUnavailable(graph="decoder")
+        await failure(channel, "Sample", pb.SampleRequest(num_samples=1))
+        await eventually(lambda: _value("vae_calls_in_flight") == 0)
+    assert {key: read(key) - before[key] for key in expected} == expected
+
+
+async def test_every_answer_names_its_call(held: GatewayServer, engine: PuppetEngine) -> None:
+    """Success and failure carry the id; timings only whoever asks for them."""
+    async with wire(held.port) as channel:
+        method: Any = channel.unary_unary(
+            f"/{SERVICE}/Sample", request_serializer=pb.SampleRequest.SerializeToString
+        )
+        for metadata in ((("x-request-id", "a-1"),), (("x-request-id", "a-1"), ("vae-timings", "1"))):
+            answer = method(pb.SampleRequest(num_samples=2), metadata=metadata)
+            await answer
+            found = {key for key, _ in await answer.trailing_metadata()}
+            has_timings = {"vae-queue-us", "vae-engine-us", "vae-total-us", "vae-batch-rows"} <= found
+            assert has_timings == (len(metadata) == 2)
+            assert "x-request-id" in found
+        engine.error = RuntimeError("surprise")
+        ended = await failure(
+            channel, "Sample", pb.SampleRequest(num_samples=1), metadata=(("x-request-id", "a-2"),)
+        )
+    assert trailers(ended)["x-request-id"] == "a-2"
+
+
 async def test_a_stream_is_counted_under_its_end(held: GatewayServer, engine: PuppetEngine) -> None:
     """A stream is one call, counted once, by how it ended; also when its reader left."""
     codes = ("OK", "INVALID_ARGUMENT", "INTERNAL", "DEADLINE_EXCEEDED", "CANCELLED")

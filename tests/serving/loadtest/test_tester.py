@@ -106,10 +106,10 @@ def test_what_is_wrong_while_warming_up_is_not_hidden() -> None:
 
 @pytest.mark.slow
 def test_the_knee_of_a_known_capacity() -> None:
-    """Eight places of 20 ms answer 400 per second: the knee is near it, above it only by what a short stage hides.
+    """Eight places of 20 ms answer 400 per second: the knee is near it, above only by what a short stage hides.
 
-    At a rate R above the capacity C, whoever comes last of T seconds waits (R - C) T / C; the limit of 150 ms is kept
-    up to R = C (1 + 0.15 / T), and the stage of one second follows 0.2 s of warm-up.
+    At a rate R above the capacity C, whoever comes last of T seconds waits (R - C) T / C; the limit of 150 ms is
+    kept up to R = C (1 + 0.15 / T), and the stage of one second follows 0.2 s of warm-up.
     """
     plan = replace(PLAN, mode="knee", rates=(200.0,), law="constant", p99_limit_ms=150.0)
     report = report_of(plan, Capacity(8, 0.020).answer)
