@@ -72,6 +72,7 @@ check: $(STAMP) ## lint, types, architecture, wire contract
 	@.ci/breaking $(BIN)/buf $(BASE)
 
 test: $(STAMP) $(CLIENTS_STAMP) $(PEERS_STAMP) ## pass the whole test suite
+	@.ci/debian
 	$(BIN)/python -m pytest
 
 demo: $(STAMP) ## train, export, serve on a local Ray, call every method, write pictures

@@ -11,7 +11,7 @@ import platform
 from importlib import metadata
 from typing import Final, Protocol
 
-from prometheus_client import Counter, Gauge, Histogram, Info
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Info
 
 from serving.loop_metrics import LoopCounter, LoopHistogram
 
@@ -47,8 +47,8 @@ CALL_ERRORS: Final = LoopCounter(
     "Calls that ended with an error of ours, by reason and by who must act: client, load or service.",
     ["method", "reason", "blame"],
 )
-CALLS_IN_FLIGHT: Final = Gauge("vae_calls_in_flight", "Calls that have begun and not ended.")
-CALLS_LIMIT: Final = Gauge("vae_calls_limit", "Calls in flight above which calls are shed.")
+CALLS_IN_FLIGHT: Final = Gauge("vae_calls_in_flight", "Calls that have begun and not ended.", registry=None)
+CALLS_LIMIT: Final = Gauge("vae_calls_limit", "Calls in flight above which calls are shed.", registry=None)
 
 # Of a gateway: rows and runs.
 QUEUE_ROWS: Final = Gauge("vae_queue_rows", "Rows that wait or run.", ["graph"])
@@ -76,8 +76,9 @@ ROWS_DROPPED: Final = LoopCounter(
     ["graph", "reason"],
 )
 REPLICAS: Final = Gauge("vae_replicas", "Replicas that answered the last check.", ["graph"])
-READY: Final = Gauge("vae_ready", "1 if both graphs answer as they should, else 0.")
-MODEL: Final = Info("vae_model", "The model that the gateway answers for.")
+REPLICAS_MIN: Final = Gauge("vae_replicas_min", "Fewest replicas that the configuration asks for.", ["graph"])
+READY: Final = Gauge("vae_ready", "1 if both graphs answer as they should, else 0.", registry=None)
+MODEL: Final = Info("vae_model", "The model that the gateway answers for.", registry=None)
 
 # Of whoever runs a graph: a replica, or the only process of the in-process engine. Its runs are in threads.
 REPLICA_RUN: Final = Histogram(
@@ -100,6 +101,13 @@ REPLICA_DEVICE_BYTES: Final = Gauge(
 
 # Of every process.
 BUILD: Final = Info("vae_build", "Versions of what runs.")
+
+
+@functools.cache
+def register_gateway() -> None:
+    """Export what a gateway alone has. What has no labels exists at once: a replica would say that it is not ready."""
+    for metric in (CALLS_IN_FLIGHT, CALLS_LIMIT, READY, MODEL):
+        REGISTRY.register(metric)
 
 
 def describe_build() -> None:
@@ -181,6 +189,20 @@ def call(method: str) -> CallMetrics:
     return CallMetrics(method)
 
 
+_FIRST_CODES: Final = ("OK", "DEADLINE_EXCEEDED", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
+_DROP_REASONS: Final = ("expired", "abandoned", "failed")
+
+
+def expect(method: str) -> None:
+    """Let the counters of a method exist from the start, for the codes that rules watch.
+
+    A counter that appears with its first call has no increase that `rate` could see: a method that failed once
+    in its life would look as if it never had.
+    """
+    for code in _FIRST_CODES:
+        CALLS.labels(method, code)
+
+
 class BatchMetrics:
     """What is counted of each run of one graph, found once."""
 
@@ -189,6 +211,8 @@ class BatchMetrics:
     def __init__(self, graph: str) -> None:
         self.rows, self.fill = BATCH_ROWS.labels(graph), BATCH_FILL.labels(graph)
         self.wait, self.run = BATCH_WAIT.labels(graph), BATCH_RUN.labels(graph)
+        for reason in _DROP_REASONS:
+            ROWS_DROPPED.labels(graph, reason)  # exists from the start, as for calls
 
 
 @functools.cache

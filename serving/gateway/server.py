@@ -215,6 +215,7 @@ class GatewayServer:
             limit_time,
         )
         patience = Patience(self._reading, transport.write_timeout_s)
+        metrics.expect(path.rpartition("/")[2])
         return handler(path, method, surrounds, patience, version=self._version)
 
     def _is_quiet(self, since: float) -> bool:
@@ -226,10 +227,14 @@ class GatewayServer:
 
     def _observe_gateway(self, config: ServingConfig) -> None:
         """Let the gauges read the facts at scrape time, so that nothing is counted twice."""
+        metrics.register_gateway()
         metrics.CALLS_IN_FLIGHT.set_function(lambda: self._traffic.num_in_flight)
         metrics.CALLS_LIMIT.set(config.gateway.admission.max_calls)
         metrics.READY.set_function(lambda: self.health.is_ready and not self.is_draining)
+        fewest = {"encoder": config.encoder.min_replicas, "decoder": config.decoder.min_replicas}
         for graph in GRAPHS:
+            metrics.batch(graph)
+            metrics.REPLICAS_MIN.labels(graph).set(fewest[graph] if config.engine == "ray" else 1)
             metrics.REPLICAS.labels(graph).set_function(functools.partial(self._engine.num_replicas, graph))
             metrics.QUEUE_LIMIT.labels(graph).set(config.batching.max_queue_rows)
             batchers = self.operations.batchers(graph)

@@ -1,0 +1,1 @@
+"""Rules, dashboards and pictures, and the scripts that make what is made."""
