@@ -105,7 +105,7 @@ BUILD: Final = Info("vae_build", "Versions of what runs.")
 
 @functools.cache
 def register_gateway() -> None:
-    """Export what a gateway alone has. What has no labels exists at once: a replica would say that it is not ready."""
+    """Export what a gateway alone has: a gauge without labels exists at once, and a replica would be not ready."""
     for metric in (CALLS_IN_FLIGHT, CALLS_LIMIT, READY, MODEL):
         REGISTRY.register(metric)
 
