@@ -237,7 +237,7 @@ BATCHES: Final = Section(
     (
         Panel(
             "Rows",
-            "As gateways see them, and as replicas do; a gap is work that was repeated or lost.",
+            "As gateways and replicas see them. A gap: a replica's first seconds, or work repeated or lost.",
             ROWS,
             (
                 Query(_rate("vae_batch_rows_sum", "graph"), "{{graph}}, gateways"),

@@ -143,8 +143,9 @@ def test_monitoring_asks_where_metrics_are(overlay: str) -> None:
     assert "vae-metrics" not in [each["port"] for each in monitor["spec"]["podMetricsEndpoints"]]
     (scrape,) = kind(overlay, "ScrapeConfig")
     (discovery,) = scrape["spec"]["httpSDConfigs"]
-    assert discovery["url"] == f"http://vae-metrics:{config_of(overlay).gateway.metrics_port}/targets"
-    assert "vae-metrics" in {each["metadata"]["name"] for each in kind(overlay, "Service")}
+    (service,) = [each for each in kind(overlay, "Service") if each["metadata"]["name"] == "vae-metrics"]
+    host = f"vae-metrics.{service['metadata']['namespace']}.svc"  # Prometheus has a namespace of its own
+    assert discovery["url"] == f"http://{host}:{config_of(overlay).gateway.metrics_port}/targets"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -1,6 +1,8 @@
 """Metrics have help, units and closed labels; each is counted where it happens."""
 
 import re
+import subprocess
+import sys
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
@@ -102,3 +104,21 @@ def test_the_build_is_described() -> None:
     labels = info.samples[0].labels
     assert set(labels) == {"version", "python", "grpcio", "onnxruntime", "ray"}
     assert all(re.match(r"\d+\.\d+", value) for value in labels.values())
+
+
+def test_a_process_without_a_gateway_has_none_of_its_gauges() -> None:
+    """A replica must not say that it is not ready, or that it knows no version: alerts would believe it."""
+    code = "from serving import metrics; from prometheus_client import generate_latest as g; print(g().decode())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    names = set(re.findall(r"^(vae_\w+)", done.stdout, re.MULTILINE))
+    assert not names & {"vae_ready", "vae_model_info", "vae_calls_in_flight", "vae_calls_limit"}
+
+
+def test_counters_that_rules_watch_exist_before_their_first_event() -> None:
+    """`rate` does not see the event with which a series appears."""
+    metrics.expect("ExpectedOfMetrics")
+    for code in ("OK", "UNAVAILABLE"):
+        assert REGISTRY.get_sample_value("vae_calls_total", {"method": "ExpectedOfMetrics", "code": code}) == 0
+    metrics.batch("graph-of-metrics")
+    dropped = {"graph": "graph-of-metrics", "reason": "failed"}
+    assert REGISTRY.get_sample_value("vae_rows_dropped_total", dropped) == 0
