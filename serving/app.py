@@ -195,7 +195,8 @@ def _connect(config: ServingConfig, *, is_local: bool) -> None:
     num_gpus = sum(config.gpu_share(graph) for graph in ("encoder", "decoder"))
     if is_local and num_gpus > _num_gpus():
         raise ProviderUnavailable(asked="CUDAExecutionProvider", actual="none: Ray finds too few GPUs")
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # ours is the account of what happens
+    # Ours is the account of what happens; a router that had to ask twice, on a busy machine, is none.
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(
         proxy_location="Disabled", logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False)
     )
