@@ -4,6 +4,8 @@
 mirror of Debian. What came out is written to the file that VAE_IMAGE_RECORD names.
 """
 
+import asyncio
+import contextlib
 import datetime as dt
 import hashlib
 import json
@@ -12,12 +14,13 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pytest
+import yaml
 
 from serving import bundle
 from serving.client import VaeClient
@@ -212,8 +215,6 @@ async def test_answers_from_the_container_are_those_of_this_machine(
 
 
 async def _answers_here(port: int, rows: "np.ndarray[Any, np.dtype[np.uint8]]") -> Any:  # noqa: ANN401
-    import asyncio  # noqa: PLC0415
-
     def ask() -> Any:  # noqa: ANN401
         with VaeClient(f"127.0.0.1:{port}") as client:
             return client.encode(rows), client.sample(64, seed=7)
@@ -233,12 +234,14 @@ def test_it_drains_when_it_is_told_to_end(service: tuple[Container, int]) -> Non
     assert container.stop(grace_s=60) == 0, container.logs()
 
 
-def test_ray_starts_as_kuberay_starts_it_and_its_probe_passes(workshop: Workshop, cpu_image: str) -> None:
-    """`bash -c "ray start --head --block"`, with a token, answers the probe that KubeRay puts into every pod."""
-    port = free_port()
-    start = f"ulimit -n 65536; ray start --head --block --port={port} --dashboard-host=127.0.0.1 --num-cpus=0"
+@contextlib.contextmanager
+def _ray_head(
+    workshop: Workshop, image: str, *, num_cpus: int, mounts: Sequence[Mounted] = ()
+) -> Iterator[Container]:
+    """Start Ray as KubeRay does, `bash -c "ray start --head --block"` with a token; wait for its probe to pass."""
+    start = f"ray start --head --block --dashboard-host=127.0.0.1 --num-cpus={num_cpus}"
     options = ("--env=RAY_AUTH_MODE=token", f"--env=RAY_AUTH_TOKEN={'ab' * 32}", "--entrypoint=/bin/bash")
-    with workshop.container(cpu_image, "-c", start, network="none", options=options) as container:
+    with workshop.container(image, "-c", start, network="none", options=options, mounts=mounts) as container:
         probe = "wget --tries 1 -T 2 -q -O- http://localhost:52365/api/local_raylet_healthz | grep success"
 
         def is_healthy() -> bool:
@@ -249,27 +252,62 @@ def test_ray_starts_as_kuberay_starts_it_and_its_probe_passes(workshop: Workshop
 
         wait_until(is_healthy, "Ray answers its probe", timeout_s=START_TIMEOUT_S)
         assert container.is_running(), container.logs()
+        yield container
 
 
-def test_training_publishes_a_bundle_from_its_image(
-    workshop: Workshop, training_image: str, tmp_path: Path, record: dict[str, Any]
-) -> None:
-    """The steps of deploy/jobs/train without any network: fit, export, publish; what is served here then."""
-    folders = {name: tmp_path / name for name in ("runs", "models", "scratch")}
+def test_ray_starts_as_kuberay_starts_it_and_its_probe_passes(workshop: Workshop, cpu_image: str) -> None:
+    """What the readiness probe of every Ray pod asks first, without rights and without a network."""
+    with _ray_head(workshop, cpu_image, num_cpus=0) as container:
+        assert "ray start" in container.execute("cat", "/proc/1/cmdline").replace("\0", " ")
+
+
+@pytest.fixture
+def volumes(tmp_path: Path) -> dict[str, Path]:
+    """Return folders that the image's user may write to, by their place in a container."""
+    folders = {place: tmp_path / place.strip("/") for place in ("/runs", "/models", "/scratch")}
     for folder in folders.values():
         folder.mkdir()
         os.chown(folder, int(USER), int(USER))
-    mounts = [Mounted(folder, f"/{name}", "rw") for name, folder in folders.items()]
+    return folders
+
+
+def _writable(volumes: dict[str, Path]) -> list[Mounted]:
+    return [Mounted(folder, place, "rw") for place, folder in volumes.items()]
+
+
+def _check_what_is_current(models: Path) -> None:
+    """Verify here what a job published there."""
+    pointer = Pointer.parse(json.loads((models / "smoke/current.json").read_text()))
+    checked = _vae_serve("check", "--bundle", str(models / pointer.path), "--json")
+    assert checked.returncode == 0, checked.stderr
+    assert json.loads(checked.stdout)["version"] == pointer.version
+
+
+def test_the_ray_job_publishes_a_bundle_from_its_image(
+    workshop: Workshop, training_image: str, volumes: dict[str, Path]
+) -> None:
+    """The entry point of deploy/jobs/train-ray, submitted as the operator does, on a cluster of one node."""
+    job = yaml.safe_load((containers.ROOT / "deploy/jobs/train-ray/rayjob.yaml").read_text())
+    entrypoint = job["spec"]["entrypoint"].replace("fit digits", "fit smoke")
+    with _ray_head(workshop, training_image, num_cpus=2, mounts=_writable(volumes)) as container:
+        submit = f"ray job submit --address=http://127.0.0.1:8265 -- {entrypoint}"
+        assert "succeeded" in container.execute("bash", "-c", submit, timeout_s=600)
+    _check_what_is_current(volumes["/models"])
+
+
+def test_training_publishes_a_bundle_from_its_image(
+    workshop: Workshop, training_image: str, volumes: dict[str, Path], record: dict[str, Any]
+) -> None:
+    """The steps of deploy/jobs/train without any network: fit, export, publish; what came is verified here."""
     began = time.monotonic()
     for line in (
         ["fit", "smoke", "--threads", "1", "--output-dir", "/runs/smoke"],
         ["export", "/runs/smoke", "/scratch/bundle"],
         ["publish", "/scratch/bundle", "/models", "--promote"],
     ):
-        with workshop.container(training_image, "vae-train", *line, mounts=mounts, network="none") as step:
+        with workshop.container(
+            training_image, "vae-train", *line, mounts=_writable(volumes), network="none"
+        ) as step:
             assert step.wait(timeout_s=600) == 0, step.logs()
     record["images"]["training"]["seconds_of_the_job"] = _since(began)
-    pointer = Pointer.parse(json.loads((folders["models"] / "smoke/current.json").read_text()))
-    checked = _vae_serve("check", "--bundle", str(folders["models"] / pointer.path), "--json")
-    assert checked.returncode == 0, checked.stderr
-    assert json.loads(checked.stdout)["version"] == pointer.version
+    _check_what_is_current(volumes["/models"])

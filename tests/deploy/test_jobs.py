@@ -94,8 +94,9 @@ def containers(folder: str) -> dict[str, Tree]:
 def commands(folder: str) -> list[list[str]]:
     """Return the command lines of ours that a folder runs, in order."""
     if folder == "train-ray":
-        entrypoint: str = only(folder, "RayJob")["spec"]["entrypoint"]
-        return [shlex.split(part) for part in entrypoint.split(" && ")]
+        shell, option, script = shlex.split(only(folder, "RayJob")["spec"]["entrypoint"])
+        assert (shell, option) == ("bash", "-c")
+        return [shlex.split(part) for part in script.split(" && ")]
     return [list(map(str, container["args"])) for container in containers(folder).values()]
 
 
@@ -206,6 +207,15 @@ def test_a_wrong_option_is_noticed() -> None:
     """The check above can fail."""
     with pytest.raises(Exception, match="No such option"):
         parsed(["vae-train", "fit", "digits", "--treads", "2"])
+
+
+def test_every_step_of_the_ray_job_runs_on_the_cluster() -> None:
+    """The operator pastes the entry point into a shell of the submitter: all of it must arrive as one job."""
+    entrypoint = only("train-ray", "RayJob")["spec"]["entrypoint"]
+    pasted = f"if true ; then ray job submit --no-wait -- {entrypoint} ; fi"
+    shell = f'ray() {{ echo "$#"; }}; vae-train() {{ echo here; }}; {pasted}'
+    done = subprocess.run(["bash", "-ec", shell], capture_output=True, text=True, check=True, timeout=10)
+    assert done.stdout == "7\n", "job submit --no-wait -- bash -c SCRIPT"
 
 
 @pytest.mark.parametrize("folder", ["train", "train-ray"])
