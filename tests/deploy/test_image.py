@@ -28,7 +28,7 @@ PLATFORM = {
 }
 """What the locks are for."""
 
-EXTRAS = {"cpu": ["load"], "gpu": ["load"], "training": ["ray-train"]}
+EXTRAS = {"cpu": ["load", "tracing"], "gpu": ["load", "tracing"], "training": ["ray-train"]}
 """Extras of the project that each target holds; `load` holds `serving`, `ray-train` holds `training`."""
 
 BESIDES = {
