@@ -43,6 +43,10 @@ class InProcessEngine:
         """One: this process."""
         return 1
 
+    def num_answering(self, _graph: Graph) -> int:
+        """One: this process."""
+        return 1
+
     async def encode(self, data: Rows, timeout_s: float) -> Posterior:
         """Return posteriors of data."""
         return Posterior(*await self._run(self._encoder, data, timeout_s, "mean", "log_var"))

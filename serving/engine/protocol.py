@@ -34,7 +34,14 @@ class Engine(Protocol):
         ...
 
     def num_replicas(self, graph: Graph) -> int:
-        """Return how many replicas of a graph run now, as far as is known; 0 if it sleeps for want of work."""
+        """Return how many replicas of a graph run now, as far as is known; 0 if it sleeps for want of work.
+
+        One at least where the graph should run: who has lost the only one may hope for its replacement.
+        """
+        ...
+
+    def num_answering(self, graph: Graph) -> int:
+        """Return how many replicas of a graph answered last; 0 also if all are lost."""
         ...
 
     async def encode(self, data: Rows, timeout_s: float) -> Posterior:

@@ -120,6 +120,10 @@ class RayEngine:
         deployment = self._deployments[graph]
         return max(deployment.num_replicas, 0 if deployment.may_sleep else 1)
 
+    def num_answering(self, graph: Graph) -> int:
+        """Return how many replicas of a graph answered the last check, or a run since."""
+        return self._deployments[graph].num_replicas
+
     def targets(self) -> list[Target]:
         """Return where the metrics of the replicas are that answered the last check."""
         return [target for deployment in self._deployments.values() for target in deployment.targets]

@@ -235,7 +235,7 @@ class GatewayServer:
         for graph in GRAPHS:
             metrics.batch(graph)
             metrics.REPLICAS_MIN.labels(graph).set(fewest[graph] if config.engine == "ray" else 1)
-            metrics.REPLICAS.labels(graph).set_function(functools.partial(self._engine.num_replicas, graph))
+            metrics.REPLICAS.labels(graph).set_function(functools.partial(self._engine.num_answering, graph))
             metrics.QUEUE_LIMIT.labels(graph).set(config.batching.max_queue_rows)
             batchers = self.operations.batchers(graph)
             facts: list[tuple[Gauge, Callable[[RowBatcher], float], Callable[[list[float]], float]]] = [

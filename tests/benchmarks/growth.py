@@ -95,6 +95,10 @@ class SleepingEngine:
         """As many as it was made with."""
         return self._num_replicas
 
+    def num_answering(self, _graph: Graph) -> int:
+        """As many as it was made with."""
+        return self._num_replicas
+
     async def encode(self, data: Rows, _timeout_s: float) -> Posterior:
         """Sleep on the first replica that is free."""
         async with self._free:

@@ -251,6 +251,7 @@ async def test_without_replicas_a_graph_is_ill_unless_it_may_sleep(small: Bundle
     with pytest.raises(EngineUnavailable, match="decoder"):
         await engine.check()
     assert engine.num_replicas("decoder") == 1
+    assert engine.num_answering("decoder") == 0  # what operators are shown
 
 
 async def test_a_graph_that_sleeps_is_neither_ill_nor_woken(small: Bundle) -> None:
