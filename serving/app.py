@@ -214,7 +214,7 @@ def _deployed(config: ServingConfig, stop: threading.Event) -> Iterator[None]:
     handles: Future[DeploymentHandle[Any]] = Future()
     threading.Thread(target=_deploy, args=(build(config), handles), daemon=True).start()
     try:
-        while not (handles.done() and _is_ready(handles)):
+        while not (handles.done() and _is_ready(handles, config.gateway.num_replicas)):
             if time.monotonic() > deadline:
                 states = "; ".join(line[:200] for line in _deployment_states().splitlines())
                 raise ServiceFailed(
@@ -248,13 +248,15 @@ def _deploy(application: serve.Application, handles: "Future[DeploymentHandle[An
         handles.set_exception(error)
 
 
-def _is_ready(handles: "Future[DeploymentHandle[Any]]") -> bool:
+def _is_ready(handles: "Future[DeploymentHandle[Any]]", num_gateways: int) -> bool:
+    """Return whether all gateways serve: Serve may call an application running while one of them still starts."""
     try:
         handle = handles.result()
     except Exception as error:
         raise ServiceFailed(reason=f"the deployments did not come up: {_cause(error)}") from error
     try:
-        return bool(handle.is_ready.remote().result(timeout_s=_CALL_TIMEOUT_S))
+        answers = handle.broadcast("is_ready").results(timeout_s=_CALL_TIMEOUT_S, return_exceptions=True)
+        return sum(answer is True for answer in answers) >= num_gateways
     except (TimeoutError, RayActorError, DeploymentUnavailableError):
         return False  # asked again until the deadline, which reports the states
 

@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable
 from typing import Annotated, Any, Final
 
+import grpc
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from serving.errors import StartupError
+from serving.client import Unavailable
 from serving.fleet import Look, Summary, Unreachable, look, summarise
 
 DEFAULT_METRICS: Final = "http://127.0.0.1:9090"
@@ -40,11 +41,7 @@ def top(
         else:
             _watch(metrics, interval, console)
     except Unreachable as error:
-        raise NotWatched(str(error)) from None
-
-
-class NotWatched(StartupError):
-    """The metrics of the service cannot be read."""
+        raise Unavailable(grpc.StatusCode.UNAVAILABLE, str(error)) from None
 
 
 def summary_of_now(url: str, *, sleep: Callable[[float], None] = time.sleep) -> Summary:

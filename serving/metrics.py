@@ -246,9 +246,17 @@ def replica(graph: str) -> ReplicaMetrics:
     return ReplicaMetrics(graph)
 
 
+_described: dict[str, tuple[str, str, str, str]] = {}
+
+
 def describe_replica(graph: str, report: LoadReport) -> None:
     """Say what this process serves of a graph, and what loading it took."""
-    REPLICA_MODEL.labels(graph, report.version, report.provider, report.precision).set(1)
+    labels = (graph, report.version, report.provider, report.precision)
+    before = _described.setdefault(graph, labels)
+    if before != labels:  # one model at a time: the series of another would say that versions differ
+        REPLICA_MODEL.remove(*before)
+        _described[graph] = labels
+    REPLICA_MODEL.labels(*labels).set(1)
     REPLICA_LOAD.labels(graph).set(report.load_s)
     REPLICA_DEVICE_BYTES.labels(graph).set(report.device_bytes)
     replica(graph)  # its counters exist from the start: one that appears with its first run would miss it

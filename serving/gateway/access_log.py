@@ -1,14 +1,21 @@
 """One line for each call: who, what, how it ended, how large it was and where its time went. No payloads.
 
-Lines are gathered for a tenth of a second and written together: a system call for each would cost more than the
-line. A process that is killed loses that tenth of a second.
+Lines are gathered for a tenth of a second and written together, by a thread: a system call for each would cost
+more than the line, and whoever reads the log and stops must not stop the service. A process that is killed loses
+that tenth of a second; to a reader who is too slow, the log says how many lines it has missed.
 """
 
 import asyncio
+import contextlib
+import fcntl
 import functools
 import json
+import struct
 import sys
+import termios
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Final, TextIO
@@ -19,8 +26,14 @@ from serving.config import AccessLogMode
 from serving.gateway.calls import Call
 
 _FLUSH_AFTER_S: Final = 0.1
-_MAX_LINES: Final = 2000
-"""Lines that are written at once, whatever the time."""
+_MAX_LINES: Final = 50_000
+"""Lines that wait to be written, some 16 MB; more are left out."""
+
+_CHUNK: Final = 16_384
+"""Characters that are written at once: a quarter of a pipe."""
+
+_POLL_S: Final = (0.0005, 0.05)
+"""Shortest and longest time between two looks at a pipe that its reader has not emptied, seconds."""
 
 _MAX_TEXT: Final = 128
 """Longest text that a caller has chosen, characters."""
@@ -45,32 +58,105 @@ class AccessLog:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._mode, self._wall_clock = mode, wall_clock
-        self._stream = stream or sys.stderr
-        self._format = _json if (not self._stream.isatty() if as_json is None else as_json) else _text
+        stream = stream or sys.stderr
+        self._format = _json if (not stream.isatty() if as_json is None else as_json) else _text
         self._lines: list[str] = []
         self._is_scheduled = False
+        self._writer = _Writer(stream)
 
     def write(self, call: Call, total_s: float) -> None:
         """Write a line about a call that took so many seconds."""
         if self._mode == "none" or (self._mode == "errors" and call.code is grpc.StatusCode.OK):
             return
         self._lines.append(self._format(call, total_s, self._wall_clock()))
-        if len(self._lines) >= _MAX_LINES:
-            self.flush()
-        elif not self._is_scheduled:
+        if not self._is_scheduled:
             self._is_scheduled = True
-            asyncio.get_running_loop().call_later(_FLUSH_AFTER_S, self.flush)
+            asyncio.get_running_loop().call_later(_FLUSH_AFTER_S, self._hand_over)
 
-    def flush(self) -> None:
-        """Write what has been gathered."""
+    def flush(self, timeout_s: float = 1.0) -> None:
+        """Return when what has been gathered is written, or its reader does not take it in time."""
+        self._hand_over()
+        self._writer.wait(timeout_s)
+
+    def _hand_over(self) -> None:
         self._is_scheduled = False
         lines, self._lines = self._lines, []
         if lines:
+            self._writer.put(lines)
+
+
+class _Writer:
+    """Writes lines in a thread, which begins with the first.
+
+    A pipe is filled by half at most: the service's other lines, few as they are, come from its event loop.
+
+    Args:
+        stream: Where to.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._waiting: deque[str] = deque()
+        self._num_left_out = 0
+        self._wake, self._is_idle = threading.Event(), threading.Event()
+        self._is_idle.set()
+        self._thread: threading.Thread | None = None
+        self._is_over = False
+
+    def put(self, lines: list[str]) -> None:
+        """Let lines be written, as many as have room."""
+        if self._is_over:
+            return
+        room = _MAX_LINES - len(self._waiting)
+        self._num_left_out += max(0, len(lines) - room)
+        self._waiting.extend(lines[:room] if room > 0 else ())
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="access log", daemon=True)
+            self._thread.start()
+        self._is_idle.clear()
+        self._wake.set()
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when nothing waits, or after the time."""
+        self._is_idle.wait(timeout_s)
+
+    def _work(self) -> None:
+        while not self._is_over:
+            self._wake.wait()
+            self._wake.clear()
             try:
-                self._stream.write("\n".join(lines) + "\n")
-                self._stream.flush()
+                self._write_all()
             except (OSError, ValueError):  # a pipe that nobody reads any more must not end calls
-                self._mode = "none"
+                self._is_over = True
+            self._is_idle.set()
+
+    def _write_all(self) -> None:
+        while self._waiting:
+            pause_s = _POLL_S[0]
+            while not _has_room(self._stream):
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _POLL_S[1])
+            lines, size = list[str](), 0
+            while self._waiting and size < _CHUNK:
+                lines.append(self._waiting.popleft())
+                size += len(lines[-1])
+            if self._num_left_out:
+                left_out, self._num_left_out = self._num_left_out, 0
+                lines.append(
+                    json.dumps({"logger": "serving.access", "event": "lines left out", "number": left_out})
+                )
+            self._stream.write("\n".join(lines) + "\n")
+            self._stream.flush()
+
+
+def _has_room(stream: TextIO) -> bool:
+    """Return whether a pipe is less than half full; what is no pipe has room, or keeps its writer waiting."""
+    with contextlib.suppress(OSError, ValueError):
+        number = stream.fileno()
+        capacity = fcntl.fcntl(number, fcntl.F_GETPIPE_SZ)
+        (unread,) = struct.unpack("i", fcntl.ioctl(number, termios.FIONREAD, b"\0" * 4))
+        return bool(unread < capacity / 2)
+    return True
 
 
 @functools.lru_cache(maxsize=4096)

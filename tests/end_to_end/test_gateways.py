@@ -87,6 +87,14 @@ def gateways(service: Service) -> list[psutil.Process]:
     ]
 
 
+def listens(process: psutil.Process, port: int) -> bool:
+    """Return whether a gateway has come so far."""
+    return any(
+        connection.laddr.port == port and connection.status == psutil.CONN_LISTEN
+        for connection in process.net_connections("tcp")
+    )
+
+
 def connections(process: psutil.Process, port: int) -> int:
     """Return how many clients a gateway has."""
     return sum(
@@ -105,6 +113,7 @@ def shared(bundle: Path) -> Iterator[Service]:
 
 def test_gateways_share_a_port_and_their_callers(shared: Service) -> None:
     """Connections spread over both; killing one loses no call; stopping under load drains both."""
+    wait_until(lambda: all(listens(process, shared.port) for process in gateways(shared)), "both listen")
     assert len(gateways(shared)) == NUM_GATEWAYS
     request = pb.SampleRequest(num_samples=2, seed=5).SerializeToString()
     channels = [grpc.insecure_channel(shared.target, OWN_CONNECTION) for _ in range(32)]

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -194,10 +193,10 @@ def ended(process: Any) -> Iterator[Any]:  # noqa: ANN401 - as above
         if process.stdin:
             process.stdin.close()
         else:
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # SIGINT is ignored by what a background job of a shell starts
         try:
             process.wait(timeout=STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, psutil.TimeoutExpired):
             process.kill()
         for child in family:
             with contextlib.suppress(psutil.Error):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from serving.client import VaeClient
+from serving.client import Unavailable, VaeClient
 from serving.fleet import GraphRow, MethodRow, ProcessRow, Summary
-from serving.fleet_command import NotWatched, as_tables, as_text, summary_of_now, top
+from serving.fleet_command import as_tables, as_text, summary_of_now, top
 from serving.standalone import in_process
 from tests.serving.harness import settings
 
@@ -80,5 +80,5 @@ async def test_one_table_is_of_now(bundle_dir: Path, capsys: pytest.CaptureFixtu
 
 def test_nobody_there_is_an_error_with_advice() -> None:
     """No stack; what to check."""
-    with pytest.raises(NotWatched, match="is the service up with a metrics port"):
+    with pytest.raises(Unavailable, match="is the service up with a metrics port"):
         top("http://127.0.0.1:9", once=True)

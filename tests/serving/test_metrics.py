@@ -94,7 +94,9 @@ def test_a_replica_says_what_it_serves_and_counts_what_ran() -> None:
     assert _value("vae_replica_failures_total", graph="decoder") == failures + 1
     labels = {"graph": "decoder", "version": "abc", "provider": "CPUExecutionProvider", "precision": "fp32"}
     assert _value("vae_replica_model", **labels) == 1
-    metrics.REPLICA_MODEL.remove("decoder", "abc", "CPUExecutionProvider", "fp32")
+    metrics.describe_replica("decoder", report._replace(version="def"))
+    assert REGISTRY.get_sample_value("vae_replica_model", labels) is None
+    assert _value("vae_replica_model", **labels | {"version": "def"}) == 1
 
 
 def test_the_build_is_described() -> None:

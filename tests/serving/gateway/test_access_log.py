@@ -3,6 +3,8 @@
 import asyncio
 import io
 import json
+import os
+import time
 from typing import Any
 
 import grpc
@@ -108,7 +110,7 @@ async def test_the_mode_chooses(mode: AccessLogMode, expected: list[str]) -> Non
 
 
 async def test_lines_come_by_themselves_and_in_order() -> None:
-    """After a tenth of a second, or at once when there are many."""
+    """After a tenth of a second, without anybody who asks for them."""
     stream = io.StringIO()
     log = AccessLog("all", stream=stream, as_json=True)
     log.write(call(), 0.001)
@@ -116,9 +118,31 @@ async def test_lines_come_by_themselves_and_in_order() -> None:
     assert stream.getvalue() == ""
     await asyncio.sleep(0.3)
     assert [json.loads(line)["total_us"] for line in stream.getvalue().splitlines()] == [1000, 2000]
-    for _ in range(2000):
-        log.write(call(), 0.001)
-    assert stream.getvalue().count("\n") == 2002
+
+
+async def test_a_reader_who_stops_does_not_stop_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe that nobody reads is left half empty for other lines; what has no room is counted, and told later."""
+    monkeypatch.setattr("serving.gateway.access_log._MAX_LINES", 2000)
+    read_end, write_end = os.pipe()
+    with os.fdopen(write_end, "w") as stream:
+        log = AccessLog("all", stream=stream, as_json=True)
+        ended = call()
+        began = time.monotonic()
+        for _ in range(6_000):
+            log.write(ended, 0.001)
+        log.flush(timeout_s=0.3)
+        assert time.monotonic() - began < 10
+        os.set_blocking(write_end, False)
+        assert os.write(write_end, b"x" * 4096) == 4096  # there is room for others
+        taken = b""
+        while b"lines left out" not in taken or taken.count(b"\n") < 2_000:
+            taken += await asyncio.to_thread(os.read, read_end, 1 << 20)
+        log.flush()
+    os.close(read_end)
+    lines = [json.loads(line) for line in taken.replace(b"x", b"").splitlines()]
+    left_out = sum(line["number"] for line in lines if line["event"] == "lines left out")
+    assert left_out + sum(line["event"] == "call" for line in lines) == 6_000
+    assert left_out > 0
 
 
 async def test_a_reader_who_is_gone_ends_no_call() -> None:
