@@ -7,12 +7,10 @@ that tenth of a second; to a reader who is too slow, the log says how many lines
 
 import asyncio
 import contextlib
-import fcntl
 import functools
 import json
 import struct
 import sys
-import termios
 import threading
 import time
 from collections import deque
@@ -24,6 +22,10 @@ import grpc
 
 from serving.config import AccessLogMode
 from serving.gateway.calls import Call
+
+if sys.platform == "linux":
+    import fcntl
+    import termios
 
 _FLUSH_AFTER_S: Final = 0.1
 _MAX_LINES: Final = 50_000
@@ -128,7 +130,8 @@ class _Writer:
                 self._write_all()
             except (OSError, ValueError):  # a pipe that nobody reads any more must not end calls
                 self._is_over = True
-            self._is_idle.set()
+            if self._is_over or not self._waiting:
+                self._is_idle.set()
 
     def _write_all(self) -> None:
         while self._waiting:
@@ -151,11 +154,12 @@ class _Writer:
 
 def _has_room(stream: TextIO) -> bool:
     """Return whether a pipe is less than half full; what is no pipe has room, or keeps its writer waiting."""
-    with contextlib.suppress(OSError, ValueError):
-        number = stream.fileno()
-        capacity = fcntl.fcntl(number, fcntl.F_GETPIPE_SZ)
-        (unread,) = struct.unpack("i", fcntl.ioctl(number, termios.FIONREAD, b"\0" * 4))
-        return bool(unread < capacity / 2)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, ValueError):
+            number = stream.fileno()
+            capacity = fcntl.fcntl(number, fcntl.F_GETPIPE_SZ)
+            (unread,) = struct.unpack("i", fcntl.ioctl(number, termios.FIONREAD, b"\0" * 4))
+            return bool(unread < capacity / 2)
     return True
 
 
