@@ -51,6 +51,13 @@ async def held(bundle_dir: Path, small: Bundle, engine: PuppetEngine) -> AsyncIt
         yield server
 
 
+@pytest.fixture
+async def patient(bundle_dir: Path, small: Bundle, engine: PuppetEngine) -> AsyncIterator[GatewayServer]:
+    """Run a gateway in front of the engine that obeys, with deadlines that no stall of the machine passes."""
+    async with serving_with(engine, small.manifest, settings(bundle_dir)) as server:
+        yield server
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "body",
@@ -181,11 +188,11 @@ def _calls(method: str, code: str) -> float:
     return REGISTRY.get_sample_value("vae_calls_total", {"method": method, "code": code}) or 0.0
 
 
-async def test_each_call_is_counted_under_its_end(held: GatewayServer, engine: PuppetEngine) -> None:
+async def test_each_call_is_counted_under_its_end(patient: GatewayServer, engine: PuppetEngine) -> None:
     """Calls are counted by method and code: success, bad input, surprise, deadline and a caller who leaves."""
     codes = ("OK", "INVALID_ARGUMENT", "INTERNAL", "DEADLINE_EXCEEDED", "CANCELLED")
     before = {code: _calls("Sample", code) for code in codes}
-    async with wire(held.port) as channel:
+    async with wire(patient.port) as channel:
         await call(channel, "Sample", pb.SampleRequest(num_samples=1))
         await failure(channel, "Sample", pb.SampleRequest())
         engine.error = RuntimeError("surprise")
@@ -194,10 +201,10 @@ async def test_each_call_is_counted_under_its_end(held: GatewayServer, engine: P
         engine.is_open.clear()
         await failure(channel, "Sample", pb.SampleRequest(num_samples=1), timeout=0.3)
         await eventually(
-            lambda: held.operations.decoder.num_rows == 0
+            lambda: patient.operations.decoder.num_rows == 0
         )  # else its row is taken for the next call's
         task = asyncio.ensure_future(call(channel, "Sample", pb.SampleRequest(num_samples=1), timeout=30))
-        await eventually(lambda: held.operations.decoder.num_rows == 1)
+        await eventually(lambda: patient.operations.decoder.num_rows == 1)
         task.cancel()
         await eventually(lambda: REGISTRY.get_sample_value("vae_calls_in_flight") == 0)
     assert {code: _calls("Sample", code) - before[code] for code in codes} == dict.fromkeys(codes, 1.0)
