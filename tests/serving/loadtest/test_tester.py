@@ -146,8 +146,12 @@ def test_an_interruption_ends_the_stage_and_the_report_says_so() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_generator_at_its_limit_is_said() -> None:
-    """Callers without pause reach what the generator reaches against an echo: the report warns of it."""
+def test_a_generator_at_its_limit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The generator is measured against an echo, and a stage near that figure is named in the report.
+
+    How near is near is another test's: a machine that changes its pace between two measurements decides it here.
+    """
+    monkeypatch.setattr("serving.loadtest.limits.MAX_SHARE_OF_LIMIT", 0.01)
     plan = replace(PLAN, mode="closed", concurrency=(64,), seconds=1.0, measures_limits=True)
     report = report_of(plan, right)
     assert report.limits is not None
