@@ -45,6 +45,11 @@ USER: Final = "10001"
 TOOLS: Final = ("cc", "gcc", "g++", "clang", "as", "ld", "make", "pip", "pip3")
 """Programs that must not be found in an image."""
 
+CUDA_LIBRARIES: Final = (
+    "libcudnn.so.9", "libcublas.so.13", "libcudart.so.13", "libcufft.so.12", "libnvrtc.so.13", "libcurand.so.10"
+)  # fmt: skip
+"""What ONNX Runtime's provider for CUDA loads, beside the driver's libcuda."""
+
 START_TIMEOUT_S: Final = 180.0
 
 
@@ -91,6 +96,12 @@ def _built(workshop: Workshop, base: str, target: str, record: dict[str, Any]) -
 def cpu_image(workshop: Workshop, base: str, record: dict[str, Any]) -> str:
     """Return the image of the service."""
     return _built(workshop, base, "cpu", record)
+
+
+@pytest.fixture(scope="module")
+def gpu_image(workshop: Workshop, base: str, record: dict[str, Any]) -> str:
+    """Return the image of the service for GPUs."""
+    return _built(workshop, base, "gpu", record)
 
 
 @pytest.fixture(scope="module")
@@ -311,3 +322,21 @@ def test_training_publishes_a_bundle_from_its_image(
             assert step.wait(timeout_s=600) == 0, step.logs()
     record["images"]["training"]["seconds_of_the_job"] = _since(began)
     _check_what_is_current(volumes["/models"])
+
+
+def test_the_gpu_image_lacks_nothing_but_the_driver(workshop: Workshop, gpu_image: str, models: Path) -> None:
+    """CUDA's libraries load, the graphs run on the processor, and a GPU that is not there is refused by name."""
+    load = (
+        f"import ctypes, onnxruntime; onnxruntime.preload_dlls(); [ctypes.CDLL(name) for name in {CUDA_LIBRARIES}]"
+    )
+    check = ("vae-serve", "check", "--bundle", "/models/small")
+    with workshop.container(
+        gpu_image, "sleep", "600", network="none", mounts=[Mounted(models, "/models")]
+    ) as container:
+        container.execute("python", "-c", load)
+        facts = json.loads(container.execute(*check, "--json"))
+        assert facts["providers"] == ["CPUExecutionProvider"] * 2
+        assert facts["is_batch_independent"]
+        if not Path("/dev/nvidia0").exists():
+            with pytest.raises(containers.Failed, match=r"libcuda\.so\.1"):
+                container.execute(*check, "--set", "device=cuda")
