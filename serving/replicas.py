@@ -20,8 +20,9 @@ from serving.exporter import Exporter, Target
 from serving.gateway.credentials import is_loopback
 from serving.gateway.server import GatewayServer
 from serving.meters import CallMeter, RowMeter
+from serving.observed_runs import ObservedGraph
 from serving.runtime import GraphRuntime
-from serving.spans import Computed, RunTrace, current_run, received
+from serving.spans import RunTrace, current_run, received
 from serving.tracing import Tracer
 
 _DISCOVERY_TIMEOUT_S: Final = 2.0
@@ -56,19 +57,18 @@ class GraphReplica:
         logs.configure()
         settings = ServingConfig.parse(config)
         own = settings.encoder if graph == "encoder" else settings.decoder
-        self._name = graph
-        self._graph = GraphRuntime(
+        runtime = GraphRuntime(
             bundle.read(settings.bundle, sha256=settings.bundle_sha256),
             graph,
             device=settings.device,
             threads=session_threads(own.num_cpus),
             accelerator=settings.bucketed_accelerator(),
         )
+        self._graph = ObservedGraph(graph, runtime)
         # Two threads: the copies of one run overlap the compute of the other.
-        num_threads = max(2, self._graph.report.num_lanes)
+        num_threads = max(2, runtime.report.num_lanes)
         self._pool = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="onnxruntime")
-        self._meter, self._metrics = RowMeter(), metrics.replica(graph)
-        metrics.describe_replica(graph, self._graph.report)
+        self._meter = RowMeter()
         metrics.describe_build()
         replica, host = _replica_id(), ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._tracer = tracing.start(settings, graph, instance=replica)
@@ -139,22 +139,12 @@ class GraphReplica:
             await asyncio.to_thread(tracer.close)
 
     def _run(self, expires_at: float, rows: Rows, outputs: tuple[str, ...], run: RunTrace | None) -> list[Rows]:
-        begun, error, began_at = self._meter.begin(len(rows)), "", time.monotonic()
-        is_done = False
+        begun, is_done = self._meter.begin(len(rows)), False
         try:
-            values = self._graph.run_until(expires_at, rows, outputs)
+            values = self._graph.run_until(expires_at, rows, outputs, run)
             is_done = True
-        except Exception as failure:
-            error = type(failure).__name__
-            raise
         finally:
             self._meter.end(begun, len(rows), is_done=is_done)
-            if run is not None:
-                graph, times, report = self._name, (began_at, time.monotonic()), self._graph.report
-                run.computed = Computed(graph, len(rows), *times, report.provider, report.version, error)
-            if not is_done:
-                self._metrics.failed()
-        self._metrics.ran(len(rows), time.monotonic() - began_at)
         return values
 
 
