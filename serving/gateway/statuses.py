@@ -59,7 +59,7 @@ class Status(NamedTuple):
     code: grpc.StatusCode
     message: str
     trailers: tuple[tuple[str, str | bytes], ...]
-    reason: str = ""
+    reason: str
     """Name of the reason, from `vae.v1.ErrorReason`."""
 
 
@@ -72,7 +72,7 @@ def of(error: errors.ServingError) -> Status:
     code, number = CATALOGUE[type(error)]
     reason = vae_pb2.ErrorReason.Name(number).removeprefix(_PREFIX)
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)]
-    trailers: list[tuple[str, str | bytes]] = [(REASON_KEY, reason)]
+    trailers: list[tuple[str, str]] = []
     if isinstance(error, errors.InvalidRequest):
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=error.field, description=error.problem[:_MAX_MESSAGE]
@@ -86,7 +86,7 @@ def of(error: errors.ServingError) -> Status:
         trailers.append((PUSHBACK_KEY, str(wait_ms)))
     if isinstance(error, errors.MetadataTooLarge):
         trailers.append((PUSHBACK_KEY, _NEVER))
-    return _status(code, str(error)[:_MAX_MESSAGE], details, trailers)._replace(reason=reason)
+    return _status(code, reason, str(error)[:_MAX_MESSAGE], details, trailers)
 
 
 def internal(error_id: str) -> Status:
@@ -96,7 +96,7 @@ def internal(error_id: str) -> Status:
         error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata={"error_id": error_id})
     ]
     message = f"internal error {error_id}; tell the operator this id"
-    return _status(grpc.StatusCode.INTERNAL, message, details, [(REASON_KEY, reason)])._replace(reason=reason)
+    return _status(grpc.StatusCode.INTERNAL, reason, message, details, [])
 
 
 Blame = Literal["client", "load", "service"]
@@ -113,11 +113,12 @@ def blame(reason: str) -> Blame:
 
 
 def _status(
-    code: grpc.StatusCode, message: str, details: list[Message], trailers: list[tuple[str, str | bytes]]
+    code: grpc.StatusCode, reason: str, message: str, details: list[Message], trailers: list[tuple[str, str]]
 ) -> Status:
     rich = status_pb2.Status(code=code.value[0], message=message)
     for detail in details:
         packed = AnyMessage()
         packed.Pack(detail)
         rich.details.append(packed)
-    return Status(code, message, (*trailers, (DETAILS_KEY, rich.SerializeToString())))
+    own = (REASON_KEY, reason)
+    return Status(code, message, (own, *trailers, (DETAILS_KEY, rich.SerializeToString())), reason)
