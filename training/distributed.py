@@ -4,6 +4,7 @@ Shuffles, binarisation and noise are functions of the step and of the place of a
 number of processes climbs what one process climbs on the joined batch; only the order of sums differs.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,10 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+
+# Its functions take the group that exists when it is imported as a default value, and would keep that group and its
+# threads for ever: DistributedDataParallel imports it after the processes were joined, so it is imported here before.
+import torch.distributed.nn.functional
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -114,6 +119,10 @@ ALONE: Final = Processes()
 def joined(device_type: str) -> Iterator[Processes]:
     """Join the processes that torchrun or Ray Train started with this one, if any; leave them at the end.
 
+    A group of gloo ends with its last reference, and until then its threads hold the tensors of the last sum. Such a
+    thread that lets go of one while the interpreter ends takes the process with it (SIGABRT after all was done), so
+    nothing may keep a group: neither what is left here, nor the caller its `Processes`.
+
     Args:
         device_type: Where to compute, `cpu` or `cuda`; decides between gloo and NCCL.
     """
@@ -133,3 +142,4 @@ def joined(device_type: str) -> Iterator[Processes]:
     finally:
         if is_ours:
             distributed.destroy_process_group()
+            gc.collect()  # DistributedDataParallel and what it divides refer to each other

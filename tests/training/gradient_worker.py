@@ -1,4 +1,5 @@
-"""One of several processes that share a batch: writes the gradients it has after the backward pass.
+"""One of several processes that share a batch: writes the gradients it has after the backward pass, and says which
+threads of a process group are left when all is done.
 
 `python -m tests.training.gradient_worker FOLDER`, in the environment that torchrun gives.
 """
@@ -66,5 +67,11 @@ def main() -> None:
         torch.save(found, folder / f"{processes.rank}.pt")
 
 
+def _threads() -> list[str]:
+    """Return the names of this process's threads, as the kernel knows them."""
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+
 if __name__ == "__main__":
     main()
+    print(*(name for name in _threads() if "gloo" in name), sep="\n", end="")

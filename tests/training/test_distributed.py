@@ -97,11 +97,15 @@ def test_an_uneven_batch_is_refused() -> None:
 
 @pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one_on_the_joined_batch(tmp_path: Path) -> None:
-    """For every objective, both end with the gradient of the whole batch; what the first fetched, both find."""
+    """For every objective, both end with the gradient of the whole batch; what the first fetched, both find.
+
+    No thread of theirs outlives the group: it could end the process with SIGABRT after its work was done.
+    """
     with _pair("tests.training.gradient_worker", tmp_path) as processes:
         for process in processes:
-            _, said = process.communicate(timeout=TIMEOUT_S)
+            threads, said = process.communicate(timeout=TIMEOUT_S)
             assert process.returncode == 0, said
+            assert threads == ""
     found: list[dict[str, dict[str, torch.Tensor]]] = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, settings in SETTINGS.items():
         expected = gradients(settings, ALONE)
