@@ -13,8 +13,8 @@ from typing import Final
 
 import torch
 
-# Its functions take the group that exists when it is imported as a default value, and would keep that group and its
-# threads for ever: DistributedDataParallel imports it after the processes were joined, so it is imported here before.
+# Its functions take the group that exists when it is imported as a default value, and would keep that group and
+# its threads for ever: DistributedDataParallel imports it when the processes are joined, so it is imported before.
 import torch.distributed.nn.functional
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -119,9 +119,9 @@ ALONE: Final = Processes()
 def joined(device_type: str) -> Iterator[Processes]:
     """Join the processes that torchrun or Ray Train started with this one, if any; leave them at the end.
 
-    A group of gloo ends with its last reference, and until then its threads hold the tensors of the last sum. Such a
-    thread that lets go of one while the interpreter ends takes the process with it (SIGABRT after all was done), so
-    nothing may keep a group: neither what is left here, nor the caller its `Processes`.
+    A group of gloo ends with its last reference, and until then its threads hold the tensors of the last sum. Such
+    a thread that lets go of one while the interpreter ends takes the process with it (SIGABRT after all was done),
+    so nothing may keep a group: neither what is left here, nor the caller its `Processes`.
 
     Args:
         device_type: Where to compute, `cpu` or `cuda`; decides between gloo and NCCL.

@@ -1,5 +1,6 @@
-"""One of several processes that share a batch: writes the gradients it has after the backward pass, and says which
-threads of a process group are left when all is done.
+"""One of several processes that share a batch: writes the gradients it has after the backward pass.
+
+Says which threads of a process group are left when all is done.
 
 `python -m tests.training.gradient_worker FOLDER`, in the environment that torchrun gives.
 """
@@ -74,4 +75,4 @@ def _threads() -> list[str]:
 
 if __name__ == "__main__":
     main()
-    print(*(name for name in _threads() if "gloo" in name), sep="\n", end="")
+    sys.stdout.write("\n".join(name for name in _threads() if "gloo" in name))
