@@ -46,7 +46,7 @@ class BatchingConfig(Config):
     """Runs in flight for each replica while rows gather; by default what the engine can overlap. A full batch goes
     out beyond it, so that no replica waits for the next."""
 
-    max_gather_s: float = Field(default=0.002, ge=0, le=1)
+    max_gather_s: float = Field(default=0.01, ge=0, le=1)
     """Longest time rows gather for a free slot while more keep coming, seconds."""
 
     max_full_in_flight: int = Field(default=8, ge=1, le=256)

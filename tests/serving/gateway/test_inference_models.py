@@ -68,4 +68,4 @@ async def test_the_configuration_says_where_a_graph_runs(
     found = made[graph].config(config.override(overrides), max_rows=2**40)
     assert [(group.count, group.kind) for group in found.instance_group] == [(count, kind)]
     assert found.max_batch_size == 2**31 - 1
-    assert found.dynamic_batching.max_queue_delay_microseconds == 2000
+    assert found.dynamic_batching.max_queue_delay_microseconds == 10_000
