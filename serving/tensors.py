@@ -51,7 +51,7 @@ def type_of(dtype: np.dtype[Any]) -> vae_pb2.DataType.ValueType:
 def from_message(
     tensor: vae_pb2.Tensor, *, field: str, accept: frozenset[vae_pb2.DataType.ValueType] = _INPUTS
 ) -> Array:
-    """Return the array of a message, read-only and without a copy.
+    """Return the array of a message, read-only; protobuf copies the bytes once.
 
     Args:
         tensor: The message.
@@ -69,7 +69,8 @@ def from_message(
         >>> from_message(to_message(np.ones((2, 3), np.float32)), field="data").shape
         (2, 3)
     """
-    if not tensor.dtype and not tensor.data:
+    data = tensor.data  # a copy each time that it is asked for
+    if not tensor.dtype and not data:
         raise MissingField(field, expected="a tensor")
     check_type(tensor.dtype, field=f"{field}.dtype", accept=accept)
     if not 1 <= len(tensor.shape) <= MAX_RANK:  # before they are copied: a stranger may send millions
@@ -80,9 +81,9 @@ def from_message(
         raise OutOfRange(f"{field}.shape", expected="each dimension at least 1", actual=str(min(shape)))
     dtype = _DTYPES[tensor.dtype]
     expected_bytes = math.prod(shape) * dtype.itemsize  # Python integers: no overflow, no memory
-    if len(tensor.data) != expected_bytes:
-        raise SizeMismatch(f"{field}.data", expected_bytes=expected_bytes, actual_bytes=len(tensor.data))
-    return np.frombuffer(tensor.data, dtype).reshape(shape)
+    if len(data) != expected_bytes:
+        raise SizeMismatch(f"{field}.data", expected_bytes=expected_bytes, actual_bytes=len(data))
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 def check_type(number: int, *, field: str, accept: frozenset[Any]) -> None:

@@ -4,9 +4,12 @@ A protobuf message would take three: into Python's bytes, into the message, into
 """
 
 import functools
+import math
+import sys
 from typing import Any, Final, Protocol
 
 import numpy as np
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
@@ -14,6 +17,7 @@ from serving.tensors import type_of
 
 Array = NDArray[Any]
 
+_IS_LITTLE: Final = sys.byteorder == "little"
 _LENGTH_DELIMITED: Final = 2
 _DTYPE_TAG, _SHAPE_TAG, _DATA_TAG = b"\x08", b"\x12", b"\x1a"
 """Of the fields of `vae.v1.Tensor`: dtype = 1 (varint), shape = 2 (packed), data = 3 (bytes)."""
@@ -44,9 +48,10 @@ class Reply:
         self._message, self._parts = message, list[Any]()
         for name, array in tensors.items():
             if array is not None:
-                little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-                number = message.DESCRIPTOR.fields_by_name[name].number
-                self._parts += (_head(number, type_of(little.dtype), little.shape, little.nbytes), little)
+                little = array
+                if not (_IS_LITTLE and array.dtype.isnative and array.flags.c_contiguous):
+                    little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+                self._parts += (_head(message.DESCRIPTOR, name, little.dtype, little.shape), little)
 
     def SerializeToString(self) -> bytes:  # noqa: N802 - as a message, which may stand in its place
         """Return the bytes. Fields may come in any order on the wire."""
@@ -54,10 +59,11 @@ class Reply:
 
 
 @functools.lru_cache(maxsize=1024)
-def _head(number: int, dtype: int, shape: tuple[int, ...], num_bytes: int) -> bytes:
-    """Return what precedes the data of a tensor in field `number` of a message."""
+def _head(message: Descriptor, field: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """Return what precedes the data of a tensor in a field of a message."""
+    number, num_bytes = message.fields_by_name[field].number, math.prod(shape) * dtype.itemsize
     packed = b"".join(map(_varint, shape))
-    inside = _DTYPE_TAG + _varint(dtype) + _SHAPE_TAG + _varint(len(packed)) + packed
+    inside = _DTYPE_TAG + _varint(type_of(dtype)) + _SHAPE_TAG + _varint(len(packed)) + packed
     inside += _DATA_TAG + _varint(num_bytes)
     return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(len(inside) + num_bytes) + inside
 
