@@ -36,6 +36,9 @@ from tests.serving.harness import (
 METHODS = ("Encode", "Decode", "Sample", "Reconstruct", "Interpolate", "Score", "SampleStream", "GetModel")
 TEXT = "/secret/path of a BadClass"
 
+DEFAULT_S, MAX_S = 0.6, 1.6
+"""Deadlines of the service that holds calls: so far apart that a stall of the machine does not confuse them."""
+
 
 @pytest.fixture
 def engine(small: Bundle) -> PuppetEngine:
@@ -46,7 +49,7 @@ def engine(small: Bundle) -> PuppetEngine:
 @pytest.fixture
 async def held(bundle_dir: Path, small: Bundle, engine: PuppetEngine) -> AsyncIterator[GatewayServer]:
     """Run a gateway in front of the engine that obeys, with short deadlines."""
-    config = settings(bundle_dir, "limits.default_deadline_s=0.2", "limits.max_deadline_s=0.4")
+    config = settings(bundle_dir, f"limits.default_deadline_s={DEFAULT_S}", f"limits.max_deadline_s={MAX_S}")
     async with serving_with(engine, small.manifest, config) as server:
         yield server
 
@@ -142,7 +145,7 @@ async def test_a_call_without_a_deadline_gets_the_default(held: GatewayServer, e
         ended = await asyncio.wait_for(pending, 5)
     assert ended.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert trailers(ended)["vae-error-reason"] == "DEADLINE_EXCEEDED"
-    assert 0.15 < time.monotonic() - started < 0.38
+    assert DEFAULT_S - 0.05 < time.monotonic() - started < MAX_S - 0.05
     await eventually(lambda: held.operations.decoder.num_rows == 0)
 
 
@@ -154,7 +157,7 @@ async def test_a_long_deadline_is_cut(held: GatewayServer, engine: PuppetEngine)
         pending = failure(channel, "Sample", pb.SampleRequest(num_samples=1), timeout=60)
         ended = await asyncio.wait_for(pending, 5)
     assert ended.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert 0.35 < time.monotonic() - started < 2
+    assert MAX_S - 0.05 < time.monotonic() - started < 4
 
 
 async def test_a_short_deadline_is_kept(held: GatewayServer, engine: PuppetEngine) -> None:
@@ -164,7 +167,7 @@ async def test_a_short_deadline_is_kept(held: GatewayServer, engine: PuppetEngin
     async with wire(held.port) as channel:
         ended = await failure(channel, "Sample", pb.SampleRequest(num_samples=1), timeout=0.05)
     assert ended.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert time.monotonic() - started < 0.19
+    assert time.monotonic() - started < DEFAULT_S - 0.05
     await eventually(lambda: held.operations.decoder.num_rows == 0)
 
 
