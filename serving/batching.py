@@ -104,6 +104,8 @@ class RowBatcher:
         self._dispatch_is_scheduled = False
         self._num_idle_turns = 0
         self._gathering_since = self._last_turn = 0.0
+        self._company_until = 0.0
+        """Until when a row that is alone is expected not to stay so."""
         self._is_closed = False
         self._num_rows_held = 0
         self._num_bytes_held = 0
@@ -247,7 +249,9 @@ class RowBatcher:
 
         gRPC hands over calls a few at a time, each in a turn of the event loop. A run per handful costs more than
         the rows in it, so a dispatch that has company waits until the loop was idle for some turns (it then has
-        no more calls to hand over), at most `max_gather_s`. A row alone goes out in the next turn.
+        no more calls to hand over), at most `max_gather_s`. A row alone goes out in the next turn, unless several
+        calls have just been answered together: their callers come back one after the other, and the first of them
+        would run by itself while the others wait for it.
         """
         if not self._dispatch_is_scheduled:
             self._dispatch_is_scheduled = True
@@ -259,7 +263,7 @@ class RowBatcher:
         now = self._clock()
         self._num_idle_turns = self._num_idle_turns + 1 if now - self._last_turn < _IDLE_TURN_S else 0
         self._last_turn = now
-        is_alone = not self._runs and len(self._queue) == 1
+        is_alone = not self._runs and len(self._queue) == 1 and now >= self._company_until
         is_over = (
             is_alone
             or self._num_idle_turns >= _IDLE_TURNS
@@ -301,7 +305,8 @@ class RowBatcher:
 
     def _on_run_end(self, batch: Sequence[Slice], task: "asyncio.Task[None]") -> None:
         del self._runs[task]
-        self._last_progress = self._clock()
+        self._last_progress = now = self._clock()
+        self._company_until = now + self._config.max_gather_s if len(batch) > 1 else 0.0
         if task.cancelled() or task.exception():  # whatever the reason, and also if it never began
             for part in batch:
                 part.request.fail(EngineUnavailable(graph=self._name))

@@ -166,6 +166,33 @@ async def test_rows_that_keep_coming_share_a_run(make: Make, puppet: Puppet) -> 
     assert puppet.sizes() == [1, 5]
 
 
+async def test_who_was_answered_together_comes_back_together(make: Make, puppet: Puppet, clock: Clock) -> None:
+    """After a run of several calls the first row waits for the others; after a run of its own, or later, not."""
+    batcher = make(max_gather_s=0.5)
+    for i in range(2):
+        submit(batcher, tagged(i, 1))
+    await turns()
+    assert puppet.sizes() == [2]
+    puppet.finish(0)
+    await turns(3)
+    clock.now += 0.4
+    submit(batcher, tagged(2, 1))
+    await turns(3)
+    assert puppet.sizes() == [2]
+    submit(batcher, tagged(3, 1))
+    await turns()
+    assert puppet.sizes() == [2, 2]
+    puppet.finish(1)
+    await turns(3)
+    clock.now += 0.6
+    for i in range(2):
+        submit(batcher, tagged(4 + i, 1))
+        await turns(3)
+        assert puppet.sizes() == [2, 2, *[1] * (i + 1)]
+        puppet.finish(2 + i)
+        await turns(3)
+
+
 async def test_gathering_has_an_end(make: Make, puppet: Puppet, clock: Clock) -> None:
     """Rows that never stop coming do not keep the first of them waiting longer than the bound."""
     batcher = make(num_slots=2, max_batch_rows=1000, max_gather_s=0.5)
