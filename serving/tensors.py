@@ -4,6 +4,7 @@ Both ends use it: the server to read what strangers send, the client to read wha
 """
 
 import math
+import sys
 from typing import Any, Final
 
 import numpy as np
@@ -15,6 +16,7 @@ from serving.errors import MissingField, OutOfRange, ShapeMismatch, SizeMismatch
 Array = NDArray[Any]
 
 MAX_RANK: Final = 8
+_IS_LITTLE: Final = sys.byteorder == "little"
 
 _DTYPES: Final[dict[vae_pb2.DataType.ValueType, np.dtype[Any]]] = {
     vae_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),
@@ -32,8 +34,15 @@ def to_message(array: Array) -> vae_pb2.Tensor:
         >>> to_message(np.array([[1, 2]], np.uint8)).data
         b'\x01\x02'
     """
-    little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    little = little_endian(array)
     return vae_pb2.Tensor(dtype=type_of(little.dtype), shape=little.shape, data=little.tobytes())
+
+
+def little_endian(array: Array) -> Array:
+    """Return an array as its bytes are on the wire: contiguous, least significant first; itself if it is so."""
+    if _IS_LITTLE and array.dtype.isnative and array.flags.c_contiguous:
+        return array
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
 
 
 def type_of(dtype: np.dtype[Any]) -> vae_pb2.DataType.ValueType:
@@ -69,8 +78,7 @@ def from_message(
         >>> from_message(to_message(np.ones((2, 3), np.float32)), field="data").shape
         (2, 3)
     """
-    data = tensor.data  # a copy each time that it is asked for
-    if not tensor.dtype and not data:
+    if not tensor.dtype and not tensor.data:
         raise MissingField(field, expected="a tensor")
     check_type(tensor.dtype, field=f"{field}.dtype", accept=accept)
     if not 1 <= len(tensor.shape) <= MAX_RANK:  # before they are copied: a stranger may send millions
@@ -81,6 +89,7 @@ def from_message(
         raise OutOfRange(f"{field}.shape", expected="each dimension at least 1", actual=str(min(shape)))
     dtype = _DTYPES[tensor.dtype]
     expected_bytes = math.prod(shape) * dtype.itemsize  # Python integers: no overflow, no memory
+    data = tensor.data  # a copy each time that it is asked for: what is refused above costs none
     if len(data) != expected_bytes:
         raise SizeMismatch(f"{field}.data", expected_bytes=expected_bytes, actual_bytes=len(data))
     return np.frombuffer(data, dtype).reshape(shape)

@@ -19,6 +19,7 @@ from serving.errors import (
     UnknownTensor,
     UnsupportedType,
 )
+from serving.tensors import little_endian
 
 Array = NDArray[Any]
 
@@ -233,7 +234,7 @@ def _check_output(parameters: Mapping[str, pb.InferParameter], field: str) -> No
 
 def add_output(response: pb.ModelInferResponse, name: str, values: Array) -> None:
     """Add an output to a response: its description, and its elements as bytes."""
-    little = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    little = little_endian(values)
     response.outputs.add(name=name, datatype=_DATATYPES[little.dtype], shape=little.shape)
     response.raw_output_contents.append(little.tobytes())
 

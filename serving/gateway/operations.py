@@ -6,7 +6,6 @@ pixel units [0, 255].
 
 import asyncio
 import functools
-import random
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Final, Literal, NamedTuple, TypeVar
@@ -30,6 +29,7 @@ from serving.errors import (
 )
 from serving.likelihoods import Float32, Likelihood, RowNumbers
 from serving.queueing import Outputs, Rows, Slice, Source, concatenate
+from serving.spans import new_id
 from serving.tickets import Ticket
 
 Path = Literal["linear", "spherical"]
@@ -42,7 +42,6 @@ _LARGE: Final = 2**16
 """Numbers from which on computing with them is left to a thread: about a millisecond."""
 
 _PIXEL_MAX: Final = np.float32(255)
-_random: Final = random.Random()  # noqa: S311 - of its own and begun by the operating system, so no seed comes twice
 _PARALLEL: Final = 1e-4
 """Sine of the angle below which a great arc is computed as a line: the quotient loses its digits there."""
 
@@ -649,8 +648,8 @@ def check_temperature(temperature: float, *, field: str = "temperature") -> None
 
 
 def choose_seed() -> int:
-    """Return 64 random bits. They are no secret: the caller is told."""
-    return _random.getrandbits(64)
+    """Return 64 random bits, not 0. They are no secret: the caller is told."""
+    return new_id(64)
 
 
 def interpolate_latents(start: Rows, end: Rows, num_steps: int, path: Path) -> Float32:

@@ -5,7 +5,6 @@ A protobuf message would take three: into Python's bytes, into the message, into
 
 import functools
 import math
-import sys
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -13,11 +12,10 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
-from serving.tensors import type_of
+from serving.tensors import little_endian, type_of
 
 Array = NDArray[Any]
 
-_IS_LITTLE: Final = sys.byteorder == "little"
 _LENGTH_DELIMITED: Final = 2
 _DTYPE_TAG, _SHAPE_TAG, _DATA_TAG = b"\x08", b"\x12", b"\x1a"
 """Of the fields of `vae.v1.Tensor`: dtype = 1 (varint), shape = 2 (packed), data = 3 (bytes)."""
@@ -48,9 +46,7 @@ class Reply:
         self._message, self._parts = message, list[Any]()
         for name, array in tensors.items():
             if array is not None:
-                little = array
-                if not (_IS_LITTLE and array.dtype.isnative and array.flags.c_contiguous):
-                    little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+                little = little_endian(array)
                 self._parts += (_head(message.DESCRIPTOR, name, little.dtype, little.shape), little)
 
     def SerializeToString(self) -> bytes:  # noqa: N802 - as a message, which may stand in its place

@@ -11,7 +11,7 @@ from protos.inference import inference_pb2
 from protos.vae.v1 import vae_pb2
 from serving.loadtest.errors import BadWorkload, ServiceNotReady
 from serving.loadtest.workload import Contents, ModelFacts, Operation
-from serving.tensors import from_message, to_message
+from serving.tensors import from_message, little_endian, to_message
 
 ProtocolName = Literal["vae", "oip"]
 
@@ -158,7 +158,7 @@ class OpenInference:
             inputs=[
                 inference_pb2.ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=rows.shape)
             ],
-            raw_input_contents=[rows.astype(rows.dtype.newbyteorder("<"), copy=False).tobytes()],
+            raw_input_contents=[little_endian(rows).tobytes()],
         )
         if operation.method == "sample":
             request.parameters["seed"].int64_param = contents.seed
